@@ -1,0 +1,76 @@
+"""Losses of one image's logits [K]; all grow as the classifier gets more wrong.
+
+Attacks climb them, training descends them. Logits are cast to float32 first.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rain_jax.types import Array, Logits, Loss, Scalar
+
+__all__ = ["cross_entropy", "dlr", "margin"]
+
+
+def _f32(logits: Logits) -> Logits:
+    return jnp.asarray(logits, jnp.float32)
+
+
+def cross_entropy(logits: Logits, label: Array) -> Scalar:
+    """-log p(label); `label` is an integer []."""
+    return optax.softmax_cross_entropy_with_integer_labels(_f32(logits), label)
+
+
+def soft_cross_entropy(logits: Logits, probabilities: Array) -> Scalar:
+    """Cross-entropy with target `probabilities` [K], which sum to one."""
+    return optax.softmax_cross_entropy(_f32(logits), probabilities)
+
+
+def smooth(label: Array, classes: int, smoothing: float) -> Array:
+    """Label smoothing: [K], `1 - smoothing` on the label and the rest spread over all classes."""
+    return optax.smooth_labels(jax.nn.one_hot(label, classes), smoothing)
+
+
+def margin(logits: Logits, label: Array) -> Scalar:
+    """How far the best wrong class leads: positive when misclassified (Carlini & Wagner's loss)."""
+    logits = _f32(logits)
+    wrong = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
+    return jnp.max(wrong) - logits[label]
+
+
+def dlr(logits: Logits, label: Array) -> Scalar:
+    """Difference of logits ratio (Croce & Hein, arXiv:2003.01690): blind to the logits' scale.
+
+    The margin over the spread from the first to the third logit. With two classes there is no
+    third: it is the margin itself, as AutoAttack's authors advise to use there.
+    """
+    if logits.shape[-1] < 3:
+        return margin(logits, label)
+    ranked = -jnp.sort(-_f32(logits))
+    return margin(logits, label) / (ranked[0] - ranked[2] + 1e-12)
+
+
+def dlr_targeted(logits: Logits, label: Array, target: Array) -> Scalar:
+    """Targeted DLR (same source): grows as class `target` overtakes `label`.
+
+    The spread is from the first logit to the mean of the third and fourth; to the third alone
+    with three classes, and with two it is the plain difference.
+    """
+    logits = _f32(logits)
+    lead = logits[target] - logits[label]
+    if logits.shape[-1] < 3:
+        return lead
+    ranked = -jnp.sort(-logits)
+    third = ranked[2] if logits.shape[-1] == 3 else (ranked[2] + ranked[3]) / 2
+    return lead / (ranked[0] - third + 1e-12)
+
+
+def kl(logits: Logits, reference: Logits) -> Scalar:
+    """KL(reference || this) between the softmax of two logit vectors, gradient through both."""
+    q, p = jax.nn.log_softmax(_f32(logits)), jax.nn.log_softmax(_f32(reference))
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+def targeted(loss: Loss) -> Loss:
+    """Climbing the result moves the logits *towards* the target that `loss` is given."""
+    return lambda logits, target: -loss(logits, target)

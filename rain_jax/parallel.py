@@ -1,0 +1,224 @@
+"""Keys for images, and the one place that knows about devices.
+
+A step is written once, for one device: `body(*arguments, axis_name=...)`, with explicit `psum` of
+sums and counts. `Devices.map` runs it on every device of a one-axis mesh, over arguments that are
+either the same everywhere or split along their first axis.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rain_jax.checks import UsageError, one_of
+from rain_jax.types import Array, AxisName, Key, PyTree
+
+AXIS = "device"
+Mapping = Literal["shard_map", "pmap"]
+
+
+def image_keys(key: Key, index: Array) -> Key:
+    """A key for each image by its place in the data set, [B]: any batch and devices, same draws."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
+    """The sum over `axis_name`, or the tree itself where there is none."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+class Devices(NamedTuple):
+    """Where programs run.
+
+    `map(body, inputs=(...), outputs=..., donate=())` makes a program of `body(*arguments,
+    axis_name)`: True marks what is split over the devices, False what is the same on all.
+    `split` takes the rows of *this process*, [global rows / processes, ...].
+    """
+
+    size: int
+    mesh: Mesh
+    map: Callable[..., Callable[..., Any]]
+    replicate: Callable[[PyTree], PyTree]
+    split: Callable[[PyTree], PyTree]
+    gather: Callable[[PyTree], PyTree]  # per-image results of all processes, as NumPy [B, ...]
+    to_global: Callable[[PyTree], PyTree]  # replicated results as arrays that orbax can save
+    to_local: Callable[[PyTree], PyTree]  # and back to what `map` takes
+
+
+def choose_devices(count: int | None = None) -> list[jax.Device]:
+    """The first `count` devices, all of them without it; fewer is a matter of one process."""
+    devices = jax.devices()
+    if count is None or count == len(devices):
+        return devices
+    if not 1 <= count <= len(devices):
+        raise UsageError(f"devices={count}: expected 1 to {len(devices)}, which are here")
+    if jax.process_count() > 1:
+        raise UsageError(f"devices={count}: with several processes all {len(devices)} are used")
+    return devices[:count]
+
+
+def check_batch_size(where: str, size: int, count: int) -> int:
+    """A batch must divide over the devices; says so before anything is compiled."""
+    if size < 1 or size % count:
+        near = max(count, round(size / count) * count)
+        raise UsageError(
+            f"{where}={size}: expected a positive multiple of the {count} devices, {near} say"
+        )
+    return size
+
+
+def round_up(size: int, count: int) -> int:
+    """The smallest multiple of the `count` devices that is at least `size`: the rest is padding."""
+    return -(-size // count) * count
+
+
+def place(mapping: Mapping = "shard_map", devices: Sequence[jax.Device] | None = None) -> Devices:
+    """Programs over all `devices` (default: all there are), by `shard_map` or by `pmap`.
+
+    Both give the same numbers. `shard_map` leaves global arrays behind, so its state is saved and
+    restored on any number of hosts; `pmap` is the older interface, kept for those who need it.
+    """
+    one_of("mapping", mapping, ("shard_map", "pmap"))
+    chosen = list(jax.devices() if devices is None else devices)
+    mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+    return _shard_map(mesh) if mapping == "shard_map" else _pmap(mesh)
+
+
+def _shard_map(mesh: Mesh) -> Devices:
+    same = NamedSharding(mesh, PartitionSpec())
+    along = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def specs(split: Any) -> Any:
+        return jax.tree.map(lambda s: PartitionSpec(AXIS) if s else PartitionSpec(), split)
+
+    def over(
+        body: Callable[..., Any], inputs: tuple[bool, ...], outputs: Any, donate: Any = ()
+    ) -> Callable[..., Any]:
+        mapped = jax.shard_map(
+            partial(body, axis_name=AXIS),
+            mesh=mesh,
+            in_specs=specs(inputs),
+            out_specs=specs(outputs),
+            # With the check on, gradients of a body that sums them itself come out times the
+            # number of devices, silently.
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donate)
+
+    def replicate(tree: PyTree) -> PyTree:
+        if jax.process_count() == 1:
+            return jax.device_put(tree, same)
+        # Typed keys cannot be put on devices of other processes; a program can make them there.
+        return jax.jit(lambda x: x, out_shardings=same)(tree)
+
+    def split(tree: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(along, np.asarray(leaf)), tree
+        )
+
+    return Devices(mesh.size, mesh, over, replicate, split, _gather, _unchanged, _unchanged)
+
+
+def _pmap(mesh: Mesh) -> Devices:
+    devices = list(mesh.devices.flat)
+    local = sum(device.process_index == jax.process_index() for device in devices)
+
+    def over(
+        body: Callable[..., Any], inputs: tuple[bool, ...], outputs: Any, donate: Any = ()
+    ) -> Callable[..., Any]:
+        mapped = jax.pmap(
+            lambda *arguments: body(*arguments, axis_name=AXIS),
+            axis_name=AXIS,
+            in_axes=tuple(0 if s else None for s in inputs),
+            out_axes=jax.tree.map(lambda s: 0 if s else None, outputs),
+            devices=devices,
+            donate_argnums=donate,
+        )
+
+        def run(*arguments: Any) -> Any:
+            # [devices, rows, ...] of this process to its rows, where results are split.
+            return jax.tree.map(
+                lambda split, part: jax.tree.map(_join, part) if split else part,
+                outputs,
+                mapped(*arguments),
+            )
+
+        # The program itself, for those who want to read it.
+        run.lower = mapped.lower  # type: ignore[attr-defined]
+        return run
+
+    def split(tree: PyTree) -> PyTree:
+        along = NamedSharding(mesh.local_mesh, PartitionSpec(AXIS))
+
+        def rows(leaf: Any) -> jax.Array:
+            leaf = np.asarray(leaf)
+            return jax.device_put(leaf.reshape(local, -1, *leaf.shape[1:]), along)
+
+        return jax.tree.map(rows, tree)
+
+    def to_global(tree: PyTree) -> PyTree:
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
+
+    def to_local(tree: PyTree) -> PyTree:
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.global_array_to_host_local_array(tree, mesh, PartitionSpec())
+
+    def replicate(tree: PyTree) -> PyTree:
+        # On the devices of this process. What `pmap` finds in place it does not copy again at every
+        # call; and donated scalars that are elsewhere it deletes before it has used them, where
+        # there are several processes (seen in JAX 0.10).
+        return jax.device_put(tree, NamedSharding(mesh.local_mesh, PartitionSpec()))
+
+    return Devices(mesh.size, mesh, over, replicate, split, _gather, to_global, to_local)
+
+
+def _unchanged(tree: PyTree) -> PyTree:
+    return tree
+
+
+def _join(leaf: Any) -> np.ndarray:
+    """[devices, rows, ...] of one process to its rows."""
+    leaf = np.asarray(leaf)
+    return leaf.reshape(-1, *leaf.shape[2:])
+
+
+def _gather(tree: PyTree) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(partial(multihost_utils.process_allgather, tiled=True), tree)
+
+
+def initialise() -> None:
+    """Joins the other processes where the environment says that there are any; else does nothing.
+
+    Clusters that JAX knows (TPU pods, SLURM, Open MPI) are found by `jax.distributed` itself when
+    `RAIN_JAX_DISTRIBUTED=1`; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` name them. To be called before anything else touches a device.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if jax.distributed.is_initialized():
+        return
+    if address:
+        try:
+            number = int(os.environ["JAX_NUM_PROCESSES"])
+            place = int(os.environ["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise UsageError(
+                "JAX_COORDINATOR_ADDRESS is set: expected whole numbers in JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID too"
+            ) from None
+        jax.distributed.initialize(address, number, place)
+    elif os.environ.get("RAIN_JAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize()
+    try:
+        jax.devices()
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not here
+        raise UsageError(" ".join(str(error).split())) from None

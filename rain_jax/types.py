@@ -1,0 +1,153 @@
+"""The words that every part of rain_jax uses, and nothing that runs.
+
+Images are float32 in [0, 1] and channels last; losses and norms are float32 whatever the network
+computes in. Everything is written for one image and batched with `jax.vmap`; a leading `B` in a
+shape marks the few places where the batch itself means something.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed PRNG key, `jax.random.key(seed)`
+Image = jax.Array  # [H, W, C] in [0, 1]
+Logits = jax.Array  # [K]
+Scalar = jax.Array  # []
+Target = Any  # what a loss compares with: a label [], or probabilities or logits [K]
+PyTree = Any
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...}, plain dictionaries
+Params = PyTree
+ModelState = PyTree  # what a network carries beside its parameters: batch statistics
+Metrics = dict[str, jax.Array]  # sums over the valid images of a batch, never means
+AxisName = str | tuple[str, ...] | None
+
+LogitsFn = Callable[[Key, Image], Logits]
+"""One image to its logits. A fixed model ignores the key; a random one draws from it."""
+
+Loss = Callable[[Logits, Target], Scalar]
+"""Larger = more wrong: attacks climb it, training descends it."""
+
+Attack = Callable[[Key, LogitsFn, Image, Target], Image]
+"""One image to an adversarial one. Whether it succeeded is for the judge to say."""
+
+Estimator = Callable[
+    [Callable[[Key, Image], tuple[Scalar, PyTree]]],
+    Callable[[Key, Image], tuple[tuple[Scalar, PyTree], Image]],
+]
+"""Makes `(key, image) -> ((value, aux), gradient)` of `(key, image) -> (value, aux)`.
+
+As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: the value, what comes
+with it and the gradient are means over the same draws.
+"""
+
+
+class Norm(NamedTuple):
+    """A way to measure a perturbation [H, W, C], and the geometry that goes with it."""
+
+    measure: Callable[[Array], Scalar]  # perturbation -> its size
+    project: Callable[..., Array]  # perturbation, radius, low, high -> nearest within all three
+    sample: Callable[[Key, tuple[int, ...], Scalar], Array]  # a random one within the radius
+    steepest: Callable[[Array], Array]  # gradient -> the step of size 1 that climbs fastest
+
+
+class Threat(NamedTuple):
+    """What an attacker may do: any image in [low, high] at most `radius` away in `norm`."""
+
+    norm: Norm
+    radius: Any  # float or a traced scalar, in units of pixel values in [0, 1]
+    low: Any = 0.0
+    high: Any = 1.0
+
+
+class Iteration(NamedTuple):
+    """An attack as a small state machine, so that others may drive, pack or resume its steps.
+
+    Calling it runs it whole, in one compiled loop, so it is an `Attack` like any other. The state
+    is a NamedTuple of all that an image needs beside the model, so that stacked states are batches;
+    its field `image` is the one that the next step looks at.
+    """
+
+    init: Callable[[Key, LogitsFn, Image, Target], PyTree]
+    step: Callable[[LogitsFn, PyTree], PyTree]
+    best: Callable[[LogitsFn, PyTree], tuple[Image, Scalar]]  # and its margin: positive = broken
+    steps: int
+
+    def __call__(self, key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:
+        state = self.init(key, logits_fn, image, target)
+        state, _ = jax.lax.scan(
+            lambda state, _: (self.step(logits_fn, state), None), state, length=self.steps
+        )
+        return self.best(logits_fn, state)[0]
+
+
+class Defence(NamedTuple):
+    """A transformation of the image in front of a classifier, with variables of its own."""
+
+    init: Callable[[Key, Image], Variables]
+    apply: Callable[[Variables, Key, Image], Image]
+
+
+class NetworkApply(Protocol):
+    """See `Network.apply`."""
+
+    def __call__(
+        self, variables: Variables, images: Array, train: bool = False, axis_name: AxisName = None
+    ) -> tuple[Array, ModelState]: ...
+
+
+class Network(NamedTuple):
+    """A classifier of batches [B, H, W, C] in [0, 1], normalisation inside.
+
+    `init(key, images) -> variables`; `apply(variables, images, train, axis_name) -> (logits
+    [B, K] in float32, state)`. With `train=True` batch statistics are those of `images`, taken
+    over `axis_name` too where it is given, and `state` holds the running averages that follow.
+    """
+
+    init: Callable[[Key, Array], Variables]
+    apply: NetworkApply
+    classes: int
+
+
+class Batch(NamedTuple):
+    """Images with what belongs to each. Padding has `valid` False and counts for nothing."""
+
+    image: Array  # [B, H, W, C], float32 in [0, 1]; uint8 on its way from a source
+    label: Array  # [B] int32
+    # The image's place in its data set, [B] int32: its keys come from it. (A tuple's own `index`
+    # gives way.)
+    index: Array  # type: ignore[assignment]
+    valid: Array  # [B] bool
+
+
+class Objective(Protocol):
+    """What a training method minimises, on the images of one device.
+
+    Returns the sum of the loss over the batch's valid images (the caller divides by their number
+    over all devices), the model state after the forward pass and sums of metrics.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        model_state: ModelState,
+        key: Key,
+        batch: Batch,
+        axis_name: AxisName = None,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]: ...
+
+
+class MethodStep(Protocol):
+    """See `Method.step`."""
+
+    def __call__(
+        self, key: Key, state: PyTree, batch: Batch, axis_name: AxisName = None
+    ) -> tuple[PyTree, Metrics]: ...
+
+
+class Method(NamedTuple):
+    """A way to train: `init(variables) -> state`, `step(key, state, batch, axis_name)`."""
+
+    init: Callable[[Variables], PyTree]
+    step: MethodStep
