@@ -1,0 +1,202 @@
+"""A convolution whose gradients stay fast inside compiled loops on CPU.
+
+XLA:CPU hands a convolution to its fast library routine only in the canonical layout (images NHWC,
+kernel HWIO, `b01f_01io` in HLO). The transposes that `lax` writes for its gradients are in other
+layouts. At the top level of a program XLA rewrites them; inside `scan`, `fori_loop`, `while_loop`,
+`cond` and `switch` it does not, and emits naive loops, slower by an order of magnitude. An attack
+is such a loop. Here both gradients are written as canonical convolutions to begin with.
+
+There is a second way out of the layout, in a loop or not: where a kernel has more pixels than its
+image, as on 8x8 digits after two halvings, XLA swaps the two and is slow again. Such images are
+padded first.
+
+The gradients are convolutions by the same function, so gradients of gradients stay canonical as
+well. What it costs is forward mode: a `custom_vjp` has no `jvp`, so take Jacobians with `jacrev`.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rain_jax.types import Array
+
+CANONICAL = ("NHWC", "HWIO", "NHWC")
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **others: Any,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, loop-safe on CPU: for `nn.Conv(conv_general_dilated=...)`.
+
+    Values and gradients are those of `lax`. Left to `lax` altogether are other backends, grouped
+    convolutions, and anything but NHWC images [B, H, W, C] with an HWIO kernel [h, w, C, K].
+    """
+    # Chosen while tracing. On GPU cuDNN's own backward kernels are expected to be better than
+    # convolutions written out by us (not measured), so only the CPU backend takes our rule.
+    usual = all(value in (None, 1) for value in others.values())  # no groups
+    usual = usual and _is_canonical(lhs, rhs, padding, lhs_dilation, dimension_numbers)
+    if usual and needs_loop_safety():
+        return loop_safe_conv(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        **others,
+    )
+
+
+def needs_loop_safety() -> bool:
+    """Whether this process computes on CPU by default."""
+    return jax.default_backend() == "cpu"
+
+
+def loop_safe_conv(
+    images: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Array:
+    """Convolves images [B, H, W, C] with a kernel [h, w, C, K], on any backend.
+
+    `padding` is "SAME", "VALID" or pairs (low, high), which may be negative. The gradients are
+    canonical convolutions again.
+    """
+    lhs_dilation = tuple(lhs_dilation or (1, 1))
+    rhs_dilation = tuple(rhs_dilation or (1, 1))
+    if isinstance(padding, str):
+        reach = [_span(size, by) for size, by in zip(kernel.shape[:2], rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(images.shape[1:3], reach, strides, padding)
+    pairs = tuple((int(low), int(high)) for low, high in padding)
+    dtype = None if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    window = _Window(tuple(strides), pairs, lhs_dilation, rhs_dilation, precision, dtype)
+    return _convolve(images, kernel, window)
+
+
+class _Window(NamedTuple):
+    """All that is static about a convolution, by the names `lax.conv_general_dilated` knows."""
+
+    window_strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    precision: Any
+    preferred_element_type: Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(images: Array, kernel: Array, window: _Window) -> Array:
+    if math.prod(kernel.shape[:2]) > math.prod(images.shape[1:3]):
+        # XLA would swap such operands, which leaves the canonical layout. With its padding written
+        # out an image is as large as the kernel; the barrier keeps XLA from folding it back in.
+        sides = zip(window.padding, window.lhs_dilation, strict=True)
+        config = [(0, 0, 0), *((low, high, by - 1) for (low, high), by in sides), (0, 0, 0)]
+        images = lax.optimization_barrier(lax.pad(images, jnp.zeros((), images.dtype), config))
+        window = window._replace(padding=((0, 0), (0, 0)), lhs_dilation=(1, 1))
+    maps = lax.conv_general_dilated(images, kernel, **window._asdict(), dimension_numbers=CANONICAL)
+    if maps.dtype == jnp.bfloat16:
+        # XLA:CPU of jax 0.12.0 fuses conv, relu, conv, relu, max-pool in bfloat16 into one library
+        # call, and that one reads memory nobody wrote: NaN. The barrier keeps them apart.
+        maps = lax.optimization_barrier(maps)
+    return maps
+
+
+def _forward(images: Array, kernel: Array, window: _Window) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(images, kernel, window), (images, kernel)
+
+
+def _backward(
+    window: _Window, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    images, kernel = residuals
+    strides, padding, lhs_dilation, rhs_dilation = window[:4]
+    # With a preferred element type the cotangent may be wider than the operands.
+    dtype = jnp.result_type(images, kernel, cotangent)
+    x, k, g = (array.astype(dtype) for array in (images, kernel, cotangent))
+
+    # Sizes once dilated. Where the stride leaves slack, `o` reaches less far than the window could
+    # have: both paddings below follow from the sizes that must come out, whatever the slack.
+    n = [_span(size, by) for size, by in zip(x.shape[1:3], lhs_dilation, strict=True)]
+    m = [_span(size, by) for size, by in zip(k.shape[:2], rhs_dilation, strict=True)]
+    o = [_span(size, by) for size, by in zip(g.shape[1:3], strides, strict=True)]
+    low = [pair[0] for pair in padding]
+
+    # dL/dx: the cotangent, spread out by the stride, under the flipped kernel, inputs for outputs.
+    towards_images = _Window(
+        window_strides=lhs_dilation,
+        padding=tuple((m[i] - 1 - low[i], n[i] - o[i] + low[i]) for i in (0, 1)),
+        lhs_dilation=strides,
+        rhs_dilation=rhs_dilation,
+        precision=window.precision,
+        preferred_element_type=None,
+    )
+    flipped = jnp.transpose(k[::-1, ::-1], (0, 1, 3, 2))
+    image_gradient = _convolve(g, flipped, towards_images)
+
+    # dL/dk: the images under the cotangent as a kernel [H', W', B, K]; the sum runs over the batch
+    # and the channels take the batch's place.
+    towards_kernel = _Window(
+        window_strides=rhs_dilation,
+        padding=tuple((low[i], o[i] + m[i] - 1 - n[i] - low[i]) for i in (0, 1)),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=strides,
+        precision=window.precision,
+        preferred_element_type=None,
+    )
+    by_channel, as_kernel = jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3))
+    kernel_gradient = jnp.transpose(_convolve(by_channel, as_kernel, towards_kernel), (1, 2, 0, 3))
+    return image_gradient.astype(images.dtype), kernel_gradient.astype(kernel.dtype)
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _span(size: int, dilation: int) -> int:
+    """How far `size` points reach with `dilation - 1` gaps between neighbours."""
+    return dilation * (size - 1) + 1
+
+
+def _is_canonical(
+    lhs: Array, rhs: Array, padding: Any, lhs_dilation: Any, dimension_numbers: Any
+) -> bool:
+    if lhs.ndim != 4 or rhs.ndim != 4 or dimension_numbers is None:
+        return False
+    if isinstance(padding, str) and any(by != 1 for by in lhs_dilation or ()):
+        return False  # `lax` has no such thing either, and says so
+    return lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, dimension_numbers
+    ) == lax.conv_dimension_numbers(lhs.shape, rhs.shape, CANONICAL)

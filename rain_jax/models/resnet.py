@@ -1,0 +1,352 @@
+"""Residual networks: ResNet, and its pre-activation form, of which Wide ResNets are one shape.
+
+Convolutions have no bias and explicit padding (a pixel all round for 3x3, also at stride 2), as in
+the original code, so that parameter counts are the standard ones. `remat=True` keeps only what
+enters each block for the backward pass and computes the rest again: less memory for one more
+forward pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from flax import linen as nn
+
+from rain_jax.checks import UsageError, one_of
+from rain_jax.models import layers
+from rain_jax.models.layers import Activation, Dtype, PerChannel
+from rain_jax.models.network import network
+from rain_jax.types import Array, AxisName, Network
+
+Stem = Literal["cifar", "imagenet"]
+
+
+def resnet18(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+    stem: Stem = "cifar",
+) -> Network:
+    """ResNet-18 (He et al., arXiv:1512.03385): 11,173,962 parameters for 10 classes.
+
+    `stem` is a 3x3 convolution of stride 1, "cifar", or "imagenet": 7x7 of stride 2 and a 3x3
+    maximum of stride 2.
+    """
+    return _resnet(
+        classes, (2, 2, 2, 2), BasicBlock, stem, activation, dtype, remat, mean=mean, std=std
+    )
+
+
+def resnet50(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+    stem: Stem = "cifar",
+) -> Network:
+    """ResNet-50 (He et al., arXiv:1512.03385): 25,557,032 parameters for ImageNet.
+
+    The stride is in the 3x3 convolution of a block, as is usual since ("version 1.5"). `stem` is as
+    in `resnet18`: with 1000 classes you will want "imagenet".
+    """
+    return _resnet(
+        classes, (3, 4, 6, 3), Bottleneck, stem, activation, dtype, remat, mean=mean, std=std
+    )
+
+
+def preact_resnet(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+    depths: tuple[int, ...] = (1, 1, 1),
+    width: int = 16,
+) -> Network:
+    """Pre-activation ResNet (He et al., arXiv:1603.05027) of any depth and width.
+
+    `depths` are the numbers of blocks in each group; groups have `width`, 2 `width`, 4 `width` ...
+    channels and all but the first halve the image. The default has 8 layers and is for CPUs.
+    """
+    depths = layers.counts("depths", depths)
+    layers.count("width", width)
+    widths = tuple(width * 2**group for group in range(len(depths)))
+    return _preact_resnet(
+        classes, width, widths, depths, activation, dtype, remat, mean=mean, std=std
+    )
+
+
+def preact_resnet18(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+) -> Network:
+    """PreAct ResNet-18 (He et al., arXiv:1603.05027): 11,172,170 parameters for 10 classes.
+
+    With the batch normalisation and activation before the average that the paper has, and robust
+    training since Wong et al. (arXiv:2001.03994) and Rice et al. (arXiv:2002.11569); a widespread
+    version without them has 11,171,146.
+    """
+    return preact_resnet(
+        classes,
+        mean=mean,
+        std=std,
+        activation=activation,
+        dtype=dtype,
+        remat=remat,
+        depths=(2, 2, 2, 2),
+        width=64,
+    )
+
+
+def wide_resnet(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+    depth: int = 28,
+    width: int = 10,
+) -> Network:
+    """WRN-`depth`-`width` (Zagoruyko & Komodakis, arXiv:1605.07146), without dropout.
+
+    A stem of 16 channels and three groups of 16, 32 and 64 times `width`; `depth` is 6n + 4 for n
+    blocks in each.
+    """
+    layers.count("depth", depth)
+    layers.count("width", width)
+    if depth < 10 or depth % 6 != 4:
+        lower = max(10, depth - (depth - 4) % 6)
+        raise UsageError(
+            f"depth={depth}: expected 6n + 4 for n blocks in each of three groups; did you mean "
+            f"{lower} or {lower + 6}?"
+        )
+    return _preact_resnet(
+        classes,
+        16,
+        (16 * width, 32 * width, 64 * width),
+        3 * ((depth - 4) // 6,),
+        activation,
+        dtype,
+        remat,
+        mean=mean,
+        std=std,
+    )
+
+
+def wrn_28_10(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+) -> Network:
+    """WRN-28-10, see `wide_resnet`: 36,479,194 parameters for 10 classes."""
+    return wide_resnet(
+        classes,
+        mean=mean,
+        std=std,
+        activation=activation,
+        dtype=dtype,
+        remat=remat,
+        depth=28,
+        width=10,
+    )
+
+
+def wrn_34_10(
+    classes: int,
+    *,
+    mean: PerChannel = 0.0,
+    std: PerChannel = 1.0,
+    activation: Activation = "relu",
+    dtype: Dtype = "float32",
+    remat: bool = False,
+) -> Network:
+    """WRN-34-10, see `wide_resnet`: 46,160,474 parameters for 10 classes."""
+    return wide_resnet(
+        classes,
+        mean=mean,
+        std=std,
+        activation=activation,
+        dtype=dtype,
+        remat=remat,
+        depth=34,
+        width=10,
+    )
+
+
+class _Block(nn.Module):
+    """What every residual block is given: `conv`, `norm` and `activation` make its layers."""
+
+    width: int
+    stride: int
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    activation: Callable[[Array], Array]
+
+    def conv3x3(self, stride: int, name: str) -> nn.Module:
+        pad = ((1, 1), (1, 1))
+        return self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
+
+    def conv1x1(self, width: int, stride: int, name: str) -> nn.Module:
+        return self.conv(width, (1, 1), strides=stride, padding="VALID", name=name)
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions, each normalised, and the activation after the sum."""
+
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = self.norm(name="norm1")(self.conv3x3(self.stride, "conv1")(x))
+        y = self.norm(name="norm2")(self.conv3x3(1, "conv2")(self.activation(y)))
+        if y.shape != x.shape:
+            x = self.conv1x1(self.width, self.stride, "shortcut")(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return self.activation(x + y)
+
+
+class Bottleneck(_Block):
+    """1x1 down to `width`, 3x3, 1x1 up to four times `width`; the activation after the sum."""
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        wide = self.expansion * self.width
+        y = self.norm(name="norm1")(self.conv1x1(self.width, 1, "conv1")(x))
+        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv2")(self.activation(y)))
+        y = self.norm(name="norm3")(self.conv1x1(wide, 1, "conv3")(self.activation(y)))
+        if y.shape != x.shape:
+            x = self.conv1x1(wide, self.stride, "shortcut")(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return self.activation(x + y)
+
+
+class PreActBlock(_Block):
+    """Normalise, activate, convolve, twice.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        ready = self.activation(self.norm(name="norm1")(x))
+        if self.stride != 1 or x.shape[-1] != self.width:
+            x = self.conv1x1(self.width, self.stride, "shortcut")(ready)
+        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv1")(ready))
+        return x + self.conv3x3(1, "conv2")(self.activation(y))
+
+
+class ResNet(nn.Module):
+    """A stem, groups of blocks, their average over the image, and the classifier.
+
+    `widths` and `depths` are the channels and numbers of the blocks in each group. With `preact`
+    normalisation and activation come before the average instead of after the stem.
+    """
+
+    classes: int
+    block: Any
+    stem_width: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    activation: Callable[[Array], Array]
+    dtype: Any
+    stem: Stem = "cifar"
+    preact: bool = False
+    remat: bool = False
+    axis_name: AxisName = None
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool) -> Array:
+        conv = partial(layers.Conv, dtype=self.dtype)
+        norm = layers.batch_norm(train, self.axis_name, self.dtype)
+        block = nn.remat(self.block) if self.remat else self.block
+
+        size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+        pad = 2 * ((size // 2, size // 2),)
+        x = conv(self.stem_width, (size, size), strides=stride, padding=pad, name="stem")(images)
+        if not self.preact:
+            x = self.activation(norm(name="stem_norm")(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for group, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True), 1):
+            for place in range(1, depth + 1):
+                stride = 2 if group > 1 and place == 1 else 1
+                # Named here, since `nn.remat` would otherwise name its blocks differently.
+                name = f"group{group}_block{place}"
+                x = block(width, stride, conv, norm, self.activation, name=name)(x)
+        if self.preact:
+            x = self.activation(norm(name="last_norm")(x))
+        return layers.classify(layers.global_average(x), self.classes)
+
+
+def _resnet(
+    classes: int,
+    depths: tuple[int, ...],
+    block: type[_Block],
+    stem: str,
+    activation: str,
+    dtype: str,
+    remat: bool,
+    *,
+    mean: PerChannel,
+    std: PerChannel,
+) -> Network:
+    module = ResNet(
+        classes,
+        block,
+        64,
+        (64, 128, 256, 512),
+        depths,
+        layers.activation_function(activation),
+        layers.compute_dtype(dtype),
+        stem=one_of("stem", stem, ("cifar", "imagenet")),
+        remat=remat,
+    )
+    return network(module, classes=classes, mean=mean, std=std)
+
+
+def _preact_resnet(
+    classes: int,
+    stem_width: int,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    activation: str,
+    dtype: str,
+    remat: bool,
+    *,
+    mean: PerChannel,
+    std: PerChannel,
+) -> Network:
+    module = ResNet(
+        classes,
+        PreActBlock,
+        stem_width,
+        widths,
+        depths,
+        layers.activation_function(activation),
+        layers.compute_dtype(dtype),
+        preact=True,
+        remat=remat,
+    )
+    return network(module, classes=classes, mean=mean, std=std)
