@@ -1,0 +1,49 @@
+"""Several runs of an attack side by side; the one that got furthest is the answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rain_jax.checks import within
+from rain_jax.types import Image, Iteration, Key, LogitsFn, PyTree, Scalar, Target
+
+
+def side_by_side(
+    run: Callable[[Any], Iteration], count: int | Callable[[int], int], steps: int
+) -> Iteration:
+    """The runs 0 to `count` - 1 as one vmapped axis, each from a key of its own.
+
+    `run(number)` is given a traced number. `count` may depend on the number of classes, as the
+    number of targets does. The answer has the largest score that `best` gives.
+    """
+
+    def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> PyTree:
+        classes = jax.eval_shape(logits_fn, key, image).shape[-1]
+        number = count(classes) if callable(count) else count
+        return jax.vmap(lambda run_, key: run(run_).init(key, logits_fn, image, target))(
+            jnp.arange(number), jax.random.split(key, number)
+        )
+
+    def over(states: PyTree, function: Callable[[Iteration, PyTree], PyTree]) -> PyTree:
+        number = len(jax.tree.leaves(states)[0])
+        return jax.vmap(lambda run_, state: function(run(run_), state))(jnp.arange(number), states)
+
+    def step(logits_fn: LogitsFn, states: PyTree) -> PyTree:
+        return over(states, lambda attack, state: attack.step(logits_fn, state))
+
+    def best(logits_fn: LogitsFn, states: PyTree) -> tuple[Image, Scalar]:
+        images, scores = over(states, lambda attack, state: attack.best(logits_fn, state))
+        place = jnp.argmax(scores)
+        return images[place], scores[place]
+
+    return Iteration(init, step, best, steps)
+
+
+def restarted(attack: Iteration, restarts: int) -> Iteration:
+    """`restarts` runs of one attack; a single one is left as it is."""
+    within("restarts", restarts, 1)
+    if restarts == 1:
+        return attack
+    return side_by_side(lambda number: attack, restarts, attack.steps)

@@ -1,0 +1,114 @@
+"""What several training methods share: the outer forward pass, and attacks inside a step."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rain_jax.checks import UsageError, one_of
+from rain_jax.losses import smooth, soft_cross_entropy
+from rain_jax.parallel import image_keys
+from rain_jax.types import (
+    Array,
+    Attack,
+    AxisName,
+    Batch,
+    Iteration,
+    Key,
+    LogitsFn,
+    ModelState,
+    Network,
+    Params,
+    PyTree,
+    Scalar,
+)
+
+BatchNorm = Literal["eval", "batch", "train"]
+_IMAGE_AXIS = "image"
+
+
+def outer_loss(
+    network: Network,
+    params: Params,
+    model_state: ModelState,
+    batch: Batch,
+    images: Array,
+    label_smoothing: float,
+    axis_name: AxisName,
+) -> tuple[Scalar, Scalar, ModelState]:
+    """Summed cross-entropy and number right on `images` in training mode, and the new state."""
+    logits, model_state = network.apply(
+        {"params": params, **model_state}, images, train=True, axis_name=axis_name
+    )
+    targets = jax.vmap(lambda label: smooth(label, network.classes, label_smoothing))(batch.label)
+    losses = jax.vmap(soft_cross_entropy)(logits, targets)
+    right = batch.valid & (jnp.argmax(logits, -1) == batch.label)
+    return jnp.sum(jnp.where(batch.valid, losses, 0.0)), jnp.sum(right * 1.0), model_state
+
+
+def attack_batch(
+    network: Network,
+    attack: Attack,
+    params: Params,
+    model_state: ModelState,
+    key: Key,
+    batch: Batch,
+    *,
+    batch_norm: BatchNorm = "eval",
+    axis_name: AxisName = None,
+) -> tuple[Array, ModelState]:
+    """Adversarial images [B, H, W, C] against the current weights, and the model state after.
+
+    `batch_norm` says what batch normalisation does inside the attack. Published recipes differ
+    in this, and it matters for the numbers:
+    - "eval": running averages (TRADES, MART, AWP, SENSE, Pang et al.). Images stay independent.
+    - "batch": statistics of the attacked batch over all devices, running averages untouched
+      (Gowal et al., Rebuffi et al., Wang et al.).
+    - "train": the same, and the running averages follow the images that the attack visits
+      (Madry et al., Rice et al., Wong et al.); one forward pass more in each attack step.
+    """
+    one_of("batch_norm", batch_norm, ("eval", "batch", "train"))
+    # No gradient reaches the weights through the attack, nor is one computed.
+    params, model_state = jax.lax.stop_gradient((params, model_state))
+    keys = image_keys(key, batch.index)
+    train = batch_norm != "eval"
+    outer = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+
+    def logits_fn_with(state: ModelState) -> LogitsFn:
+        def logits_fn(key: Key, image: Array) -> Array:
+            variables = {"params": params, **state}
+            # One image at a time, yet normalised over all of them: the batch is a named axis.
+            axis = (_IMAGE_AXIS, *outer) if train else None
+            logits, _ = network.apply(variables, image[None], train=train, axis_name=axis)
+            return logits[0]
+
+        return logits_fn
+
+    if batch_norm != "train":
+        logits_fn = logits_fn_with(model_state)
+        run = jax.vmap(lambda k, i, y: attack(k, logits_fn, i, y), axis_name=_IMAGE_AXIS)
+        return jax.lax.stop_gradient(run(keys, batch.image, batch.label)), model_state
+
+    if not isinstance(attack, Iteration):
+        raise UsageError("batch_norm='train': expected an attack made of steps (an Iteration)")
+
+    def per_image(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        return jax.vmap(function, axis_name=_IMAGE_AXIS)
+
+    def step(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
+        states, model_state = carry
+        if states.image.shape != batch.image.shape:
+            raise UsageError("batch_norm='train': expected an attack with restarts=1")
+        logits_fn = logits_fn_with(model_state)
+        variables = {"params": params, **model_state}
+        after = network.apply(variables, states.image, train=True, axis_name=axis_name)[1]
+        return (per_image(lambda state: attack.step(logits_fn, state))(states), after), None
+
+    logits_fn = logits_fn_with(model_state)
+    start = per_image(lambda k, i, y: attack.init(k, logits_fn, i, y))
+    states: PyTree = start(keys, batch.image, batch.label)
+    (states, model_state), _ = jax.lax.scan(step, (states, model_state), length=attack.steps)
+    logits_fn = logits_fn_with(model_state)
+    found = per_image(lambda state: attack.best(logits_fn, state)[0])(states)
+    return jax.lax.stop_gradient(found), model_state
