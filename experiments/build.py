@@ -1,0 +1,357 @@
+"""From a config to an experiment: its sections, their defaults, and what they build.
+
+`config` completes the sections of a config file, `changed` applies what the command line says,
+`experiment` builds and checks everything. How a section becomes a call is `schema`'s business.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from experiments import settings
+from experiments.schema import (
+    REGISTRIES,
+    call,
+    convert,
+    filled,
+    filled_member,
+    located,
+    make,
+    registered,
+)
+from rain_jax import (
+    attacks,
+    data,
+    methods,
+    models,
+    norms,
+    optimisers,
+    schedules,
+    training,
+)
+from rain_jax.checks import UsageError, nearest, one_of, pixel_distance, within
+from rain_jax.parallel import check_batch_size, choose_devices
+from rain_jax.types import (
+    Attack,
+    Batch,
+    Image,
+    Key,
+    Logits,
+    LogitsFn,
+    Network,
+    Norm,
+    Objective,
+    Target,
+    Threat,
+)
+
+
+def threat(*, norm: Norm = norms.linf, radius: float) -> Threat:
+    """The threat of an experiment; `radius` is in pixel values of [0, 1], measured in `norm`."""
+    # In L2 and L1 distances add up over pixels, so larger ones make sense there.
+    if norm is norms.linf:
+        return Threat(norm, pixel_distance("config.threat.radius", radius))
+    return Threat(norm, within("config.threat.radius", radius, 0.0, 1e4))
+
+
+# Sections that are the arguments of one function.
+_CALLS: dict[str, Callable[..., Any]] = {
+    "data": data.load,
+    "threat": threat,
+    "augment": settings.Augment,
+    "average": training.averaging,
+    "training": settings.Training,
+    "validation": settings.Validation,
+    "evaluation": settings.Evaluation,
+    "checkpoints": settings.Checkpointing,
+    "parallel": settings.Parallel,
+}
+# What may be None in a config: the thing is left out.
+_OPTIONAL = ("average", "validation", "twin")
+# Where attacks stand inside other sections; those of an evaluation have names of their own.
+_NESTED_ATTACKS = (("method", "attack"), ("validation", "attack"))
+
+
+def attack(where: str, spec: Any, threat: Threat) -> Attack:
+    """An attack section as an attack on `threat`."""
+    return make(where, attacks, spec, threat=threat)
+
+
+def _section(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}={value!r}: expected a section, dict(..)")
+    return dict(value)
+
+
+def config(**sections: Any) -> ml_collections.ConfigDict:
+    """A complete config from the sections that matter: all defaults are filled in.
+
+    What every config file's `get_config` returns. Unknown sections are refused here, unknown keys
+    inside them when the experiment is built.
+    """
+    sections = plain(sections)
+    known = ["seed", "twin", *REGISTRIES, *_CALLS]
+    for name in sections:
+        if name not in known:
+            raise UsageError(
+                f"config.{name}: no such section: expected one of {', '.join(known)}"
+                f"{nearest(name, known)}"
+            )
+    whole: dict[str, Any] = {"seed": 0, "twin": None, **sections}
+    for name in [*REGISTRIES, *_CALLS]:
+        if whole.get(name) is None and name in _OPTIONAL:
+            whole[name] = None
+            continue
+        spec = _section(f"config.{name}", {} if whole.get(name) is None else whole[name])
+        function = _CALLS.get(name)
+        whole[name] = filled(function, spec) if function else filled_member(REGISTRIES[name], spec)
+    for section, key in _NESTED_ATTACKS:
+        if (whole[section] or {}).get(key) is not None:
+            whole[section][key] = filled_member(attacks, whole[section][key])
+    columns = whole["evaluation"].get("attacks")
+    if isinstance(columns, dict):
+        # A column set to None on the command line is a column less.
+        columns = {k: filled_member(attacks, v) for k, v in columns.items() if v is not None}
+        whole["evaluation"]["attacks"] = columns
+    # Not type-safe in ml_collections' sense, which knows the types of values (60 epochs, so never
+    # half of one); the signatures know better, and `experiment` asks them.
+    return ml_collections.ConfigDict(whole, type_safe=False)
+
+
+def _registry_at(path: Sequence[str]) -> types.ModuleType | None:
+    """The registry that the `name` in the section at `path` is looked up in, if in any."""
+    path = tuple(path[1:] if path[:1] == ["twin"] else path)
+    if path in _NESTED_ATTACKS or (path[:2] == ("evaluation", "attacks") and len(path) == 3):
+        return attacks
+    return REGISTRIES.get(path[0]) if len(path) == 1 else None
+
+
+def _renamed(spec: dict[str, Any], registry: types.ModuleType, name: Any) -> dict[str, Any]:
+    """The section of another member: what was set for the old one and the new one knows, too.
+
+    The old one's defaults go, so that the new one's own may come.
+    """
+    members = registry.__all__
+    if name not in members or spec.get("name") not in members:
+        return {**spec, "name": name}
+    old = filled(getattr(registry, spec["name"]), {})
+    new = inspect.signature(getattr(registry, name)).parameters
+    kept = {k: v for k, v in spec.items() if k in new and (k not in old or plain(old[k]) != v)}
+    return {**kept, "name": name}
+
+
+def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
+    """A config with some values replaced: pairs of a dotted key and its value.
+
+    Names come first, whatever the order: with `("method.name", "natural")` the settings that only
+    the old method knew are gone, and the new one's may be given beside it.
+    """
+    whole = plain(config_)
+    for key, value in sorted(changes, key=lambda change: change[0].split(".")[-1] != "name"):
+        *path, last = key.split(".")
+        section = whole
+        for place, name in enumerate(path):
+            if section.get(name) is None:
+                section[name] = {}
+            section = section[name]
+            if not isinstance(section, dict):
+                where = ".".join(["config", *path[: place + 1]])
+                raise UsageError(f"config.{key}: {where}={section!r} is a value, not a section")
+        registry = _registry_at(path) if last == "name" else None
+        if registry is not None and section.get("name") != value:
+            renamed = _renamed(section, registry, value)
+            section.clear()
+            section.update(renamed)
+        section[last] = plain(value)
+    return config(**whole)
+
+
+def plain(config: Any) -> Any:
+    """A config as plain dictionaries, lists and numbers, as it is saved and compared."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    if isinstance(config, dict):
+        return {str(key): plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+class Experiment(NamedTuple):
+    """Everything that a config describes, checked and built; nothing has been compiled yet."""
+
+    config: dict[str, Any]
+    seed: int
+    splits: data.Splits
+    network: Network
+    threat: Threat
+    objective: Objective
+    optimiser: Callable[[int, int], optax.GradientTransformation]  # of steps, steps per epoch
+    average: Callable[[int, int], training.Averaging | None]
+    augment: settings.Augment
+    training: settings.Training
+    validation: settings.Validation | None
+    validation_attack: Attack | None
+    evaluation: settings.Evaluation
+    attacks: dict[str, Attack]
+    checkpoints: settings.Checkpointing
+    parallel: settings.Parallel
+
+
+def experiment(whole: Any) -> Experiment:
+    """Builds what a config describes, or raises a `UsageError` about the first thing amiss.
+
+    Nothing is compiled: what only shapes can tell is found out by tracing.
+    """
+    spec = plain(config(**_section("config", plain(whole))))
+    seed = within("config.seed", convert("config.seed", spec["seed"], int), 0, 2**31 - 1)
+
+    the_threat: Threat = call("config.threat", threat, spec["threat"])
+    parts = {
+        name: call(f"config.{name}", _CALLS[name], spec[name])
+        for name in ("augment", "training", "evaluation", "checkpoints", "parallel")
+    }
+    validation = None
+    validation_attack = None
+    if spec["validation"] is not None:
+        validation = call("config.validation", settings.Validation, spec["validation"])
+        if validation.attack is not None:
+            validation_attack = attack("config.validation.attack", validation.attack, the_threat)
+    columns = {
+        name: attack(f"config.evaluation.attacks.{name}", column, the_threat)
+        for name, column in parts["evaluation"].attacks.items()
+    }
+
+    def optimiser(steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
+        rate = make("config.schedule", schedules, spec["schedule"],
+                    total_steps=steps, steps_per_epoch=steps_per_epoch)  # fmt: skip
+        return make("config.optimiser", optimisers, spec["optimiser"], schedule=rate)
+
+    def average(steps: int, steps_per_epoch: int) -> training.Averaging | None:
+        if spec["average"] is None:
+            return None
+        return call("config.average", training.averaging, spec["average"],
+                    total_steps=steps, steps_per_epoch=steps_per_epoch)  # fmt: skip
+
+    def objective_of(network: Network) -> Objective:
+        method = dict(spec["method"])
+        given: dict[str, Any] = {"network": network, "threat": the_threat}
+        name = method.get("name")
+        maker = registered("config.method", methods, name) if name is not None else None
+        if maker is not None and "attack" in inspect.signature(maker).parameters:
+            if "attack" not in method:
+                raise UsageError(f"config.method.attack is missing: {name} needs it")
+            given["attack"] = attack("config.method.attack", method.pop("attack"), the_threat)
+        return make("config.method", methods, method, **given)
+
+    # Built once on made-up lengths and classes, so that a mistake is met now and not after a large
+    # data set has been opened.
+    optimiser(10**6, 10**3)
+    average(10**6, 10**3)
+    objective_of(make("config.network", models, spec["network"], classes=10))
+
+    splits: data.Splits = call("config.data", data.load, spec["data"])
+    if parts["training"].batch_size > splits.train.size:
+        raise UsageError(
+            f"config.training.batch_size={parts['training'].batch_size}: expected at most the "
+            f"{splits.train.size} training images"
+        )
+    if parts["augment"].area is not None and parts["training"].feed != "stream":
+        raise UsageError(
+            f"config.augment.area={parts['augment'].area}: expected None, or "
+            "config.training.feed=stream: images on the device are resized already"
+        )
+    if validation is not None and splits.valid is None:
+        raise UsageError(
+            "config.validation: no images are held out: expected config.data.holdout above 0, or "
+            "config.validation=None"
+        )
+    plan = parts["training"].plan(splits.train.size)
+    optimiser(plan.total, plan.per_epoch)
+    network = make("config.network", models, spec["network"], classes=splits.train.classes)
+    built = Experiment(
+        spec, seed, splits, network, the_threat, objective_of(network), optimiser, average,
+        parts["augment"], parts["training"], validation, validation_attack, parts["evaluation"],
+        columns, parts["checkpoints"], parts["parallel"],
+    )  # fmt: skip
+    _rehearse(built)
+    return built
+
+
+def _rehearse(built: Experiment) -> None:
+    """Traces the parts on the shapes of the data, so that what does not fit is met before a run."""
+    network, shape = built.network, built.splits.train.shape
+    key = jax.eval_shape(jax.random.key, 0)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    label = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def traced(where: str, keys: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *arguments)
+        except UsageError as error:
+            raise located(where, error, keys) from None
+
+    spec = built.config
+    one: Any = (image, label, label, jax.ShapeDtypeStruct((), bool))
+    two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), Batch(*one))
+    variables = dict(traced("config.network", spec["network"], network.init, key, two.image))
+    params = variables.pop("params")
+    traced("config.augment", spec["augment"], built.augment.change, key, image)
+    traced("config.method", spec["method"], built.objective, params, variables, key, two)
+
+    # Attacks never see the network, so a cheap one of as many classes stands in for it.
+    def logits_fn(key: Key, image: Image) -> Logits:
+        return jnp.sum(image) * jnp.ones(network.classes)
+
+    columns = built.evaluation.attacks
+    for name, column in built.attacks.items():
+        attacked = partial(_attacked, column, logits_fn)
+        where = f"config.evaluation.attacks.{name}"
+        traced(where, columns[name], attacked, key, image, label)
+    if built.validation_attack is not None:
+        attacked = partial(_attacked, built.validation_attack, logits_fn)
+        keys = spec["validation"]["attack"]
+        traced("config.validation.attack", keys, attacked, key, image, label)
+
+
+def _attacked(attack: Attack, logits_fn: LogitsFn, key: Key, image: Image, label: Target) -> Image:
+    return attack(key, logits_fn, image, label)
+
+
+def check_devices(built: Experiment) -> None:
+    """Refuses a training that the devices at hand cannot share."""
+    try:
+        devices = choose_devices(built.parallel.devices)
+    except UsageError as error:
+        raise located("config.parallel", error, ("devices",)) from None
+    check_batch_size("config.training.batch_size", built.training.batch_size, len(devices))
+
+
+def twin(whole: Any) -> dict[str, Any] | None:
+    """The config of the twin: this one with the sections of `twin` in place of its own."""
+    spec = plain(whole)
+    changes = spec.pop("twin", None)
+    if changes is None or changes == {}:
+        return None
+    for section in _section("config.twin", changes):
+        one_of("config.twin section", section, [name for name in spec if name != "seed"])
+    return plain(config(**{**spec, **changes, "twin": None}))
+
+
+def pair(whole: Any, folder: Path) -> list[tuple[str, Experiment, Path]]:
+    """The experiment and, where its config asks for one, its twin: name, parts, folder."""
+    spec = plain(whole)
+    made = [(spec.get("method", {}).get("name", "model"), experiment(spec), folder)]
+    other = twin(spec)
+    if other is not None:
+        name = other["method"]["name"]
+        made.append((name if name != made[0][0] else "twin", experiment(other), folder / "twin"))
+    return made

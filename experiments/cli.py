@@ -1,0 +1,228 @@
+"""The command line: `--config=FILE`, `--workdir=FOLDER`, and one line for every mistake."""
+
+import argparse
+import ast
+import importlib.util
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags, logging
+from jax.experimental import multihost_utils
+
+from experiments import build
+from rain_jax.checks import UsageError, nearest
+from rain_jax.training import Diverged
+
+_FRACTION = re.compile(r"(-?\d+\.?\d*)/(\d+\.?\d*)")
+_OPTIONS = {
+    "config": "a file with a get_config(); FILE.py:TEXT calls get_config('TEXT')",
+    "workdir": "the folder that holds everything this run writes",
+}
+
+
+class Interrupt:
+    """Notes SIGTERM and Ctrl-C, so that the loop can save before it leaves.
+
+    With several processes JAX's preemption service says at which step all of them stop.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._answer = (-1, False)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        # With several processes SIGTERM is JAX's to catch: a handler of ours would take its place.
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:  # asked twice: leave now
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`: one answer for each step, the same in all processes."""
+        if self._answer[0] != step:
+            if jax.process_count() > 1:
+                stop = bool(multihost_utils.reached_preemption_sync_point(step))
+            else:
+                stop = self.signal is not None
+            self._answer = (step, stop)
+        return self._answer[1]
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved its state at `step`."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__(
+            f"stopped at step {step}, state saved: the same command goes on from there"
+        )
+        self.code = 128 + number
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def value_of(text: str) -> Any:
+    """What a text on the command line means: a Python value, `8/255`, true, or itself.
+
+    The field writes a radius as 8/255, so it may be typed.
+    """
+    if (fraction := _FRACTION.fullmatch(text)) and float(fraction[2]):
+        return float(fraction[1]) / float(fraction[2])
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, str | int | float | list | tuple | dict | None) else text
+
+
+def _changes(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--config.KEY=VALUE`, `--config.KEY VALUE`, `--config.KEY` and `--noconfig.KEY`, as pairs.
+
+    Keys are not looked up here: what a section may hold its maker says, with the nearest name.
+    """
+    rest, found = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.partition("=")
+        head, dot, key = name.lstrip("-").partition(".")
+        if not name.startswith("-"):
+            raise UsageError(f"{argument!r}: expected flags, --name=value")
+        if head not in ("config", "noconfig") or not key:
+            known = [f"--{option}{dot}{key}" for option in ("config", *_OPTIONS)]
+            raise UsageError(
+                f"{name}: no such flag: expected --config=FILE, --workdir=FOLDER or "
+                f"--config.SECTION.KEY=VALUE{nearest(name, known)}"
+            )
+        if not equals:
+            bare = head == "noconfig" or not rest or rest[0].startswith("--")
+            text = str(head == "config") if bare else rest.pop(0)
+        found.append((key, value_of(text)))
+    return found
+
+
+def _near_files(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("experiments/configs")
+    return nearest(path.name, [found.name for found in folder.glob("*.py")])
+
+
+def load_config(given: str) -> dict[str, Any]:
+    """What the `get_config` of a file returns, `given` as `FILE.py` or `FILE.py:TEXT`."""
+    file, _, text = given.partition(".py:")
+    path = Path(given if file == given or Path(given).is_file() else f"{file}.py")
+    if not path.is_file():
+        raise UsageError(f"--config={given}: no such file{_near_files(path)}")
+    if path.suffix != ".py":
+        raise UsageError(f"--config={given}: expected a Python file, NAME.py")
+    spec = importlib.util.spec_from_file_location("config", path)
+    assert spec is not None
+    assert spec.loader is not None  # both are there for any .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UsageError(f"{path}: no get_config in it: expected a function of that name")
+        config = module.get_config(*([text] if path != Path(given) else []))
+    except UsageError:
+        raise
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        # The file is the user's, so its mistakes are told as such: by the deepest line in it.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        raise UsageError(f"{place}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(config, dict | ml_collections.ConfigDict):
+        raise UsageError(
+            f"{path}: get_config() returned {config!r:.60}: expected what "
+            "experiments.build.config(...) returns"
+        )
+    return build.plain(config)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    return text or type(error).__name__
+
+
+def run(
+    main: Callable[[ml_collections.ConfigDict, Path], Any],
+    config_of: Callable[[Path], dict[str, Any]] | None = None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parses the command line, calls `main(config, workdir)` and exits with its status.
+
+    2 for a mistake, told in one line; 3 for a run that diverged; 128 + signal for one that was
+    stopped and has saved its state. `config_of(workdir)` stands in where no file is named. `argv`
+    begins with the program's name, as `sys.argv` does.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    loud = "--traceback" in argv
+    logging.set_verbosity(logging.ERROR)  # libraries' advice; what matters a run says itself
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl's own are left at their defaults; Orbax asks for some
+    try:
+        parser = _Parser(
+            description=sys.modules[main.__module__].__doc__,
+            epilog="--config.SECTION.KEY=VALUE changes any value of the config.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for option, text in _OPTIONS.items():
+            parser.add_argument(f"--{option}", help=text)
+        parser.add_argument("--traceback", action="store_true", help="where a mistake was met")
+        options, rest = parser.parse_known_args(argv[1:])
+        changes = _changes(rest)
+        if options.config:
+            config = load_config(options.config)
+        elif config_of is None:
+            raise UsageError(
+                "--config is missing: expected a file, such as experiments/configs/quickstart.py"
+            )
+        elif options.workdir:
+            config = config_of(Path(options.workdir))
+        else:
+            raise UsageError("--workdir is missing: expected the folder of a run")
+        default = Path("runs") / Path((options.config or "").split(".py:")[0]).stem
+        workdir = Path(options.workdir or default)
+        main(build.changed(config, changes), workdir)
+    except UsageError as error:
+        _leave(f"error: {_one_line(error)}", 2, loud)
+    except Diverged as error:
+        _leave(f"error: {error}; checkpoints from before it are kept", 3, loud)
+    except Stopped as stopped:
+        _leave(str(stopped), stopped.code, loud)
+    except OSError as error:
+        # A full disk or a lost mount is no bug of ours: say which file, not where in the code.
+        _leave(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 2, loud)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130, loud)
+
+
+def _leave(message: str, code: int, loud: bool) -> None:
+    if loud:
+        traceback.print_exc()
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,127 @@
+"""What a run shows at its end: a table, and a figure of images, perturbations and predictions."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.logs import table
+from rain_jax.evaluation import Proportion
+
+
+class Row(NamedTuple):
+    """One model's results: column name -> how many of the images."""
+
+    model: str
+    columns: dict[str, Proportion]
+
+
+def percent(value: Proportion) -> str:
+    """`87.4 [84.1, 90.1]`: per cent, with the 95 % interval."""
+    low, high = value.interval
+    return f"{100 * value.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def results_table(rows: list[Row]) -> str:
+    """Models down, attacks across, per cent right of all images with Wilson's 95 % interval."""
+    names = list(rows[0].columns)
+    return table([[row.model, *(percent(row.columns[n]) for n in names)] for row in rows],
+                 ["model", *names])  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """One model's look at the same few images, for the figure; arrays [N, ...]."""
+
+    model: str
+    clean: np.ndarray
+    adversarial: np.ndarray
+    label: np.ndarray
+    clean_prediction: np.ndarray
+    adversarial_prediction: np.ndarray
+
+
+def figure(path: Path, samples: list[Sample], radius: float, names: tuple[str, ...]) -> None:
+    """Draws clean images, then each model's perturbation and adversarial image; data beside it.
+
+    Perturbations are shown with grey = none and the ends of the scale = +- `radius`; titles are
+    predictions, red where wrong. `path` is a .png; the arrays go to the .npz of the same name.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(samples[0].label)
+    lines = 1 + 2 * len(samples)
+    drawn, axes = plt.subplots(
+        lines, count, figsize=(1.15 * count, 1.4 * lines), squeeze=False, layout="constrained"
+    )
+
+    def show(line: int, column: int, image: np.ndarray, title: str, right: bool) -> None:
+        ax = axes[line, column]
+        grey = image.shape[-1] == 1
+        ax.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+        ax.set_title(title, fontsize=8, color="black" if right else "tab:red", pad=2)
+        ax.set_xticks([])
+        ax.set_yticks([])
+
+    for column in range(count):
+        label = int(samples[0].label[column])
+        show(0, column, samples[0].clean[column], names[label], True)
+        for place, sample in enumerate(samples):
+            change = sample.adversarial[column] - sample.clean[column]
+            scaled = np.clip(0.5 + change / (2 * max(radius, 1e-12)), 0, 1)
+            before, after = (
+                int(sample.clean_prediction[column]),
+                int(sample.adversarial_prediction[column]),
+            )
+            show(1 + 2 * place, column, scaled, f"clean: {names[before]}", before == label)
+            show(2 + 2 * place, column, sample.adversarial[column],
+                 f"attacked: {names[after]}", after == label)  # fmt: skip
+    axes[0, 0].set_ylabel("clean", fontsize=8)
+    for place, sample in enumerate(samples):
+        axes[1 + 2 * place, 0].set_ylabel(f"{sample.model}:\nperturbation", fontsize=8)
+        axes[2 + 2 * place, 0].set_ylabel(f"{sample.model}:\nadversarial", fontsize=8)
+    drawn.savefig(path, dpi=130)
+    plt.close(drawn)
+    arrays: dict[str, Any] = {}
+    for sample in samples:
+        for field, value in sample._asdict().items():
+            if field != "model":
+                arrays[f"{sample.model}_{field}"] = value
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+
+
+def curves(folder: Path) -> None:
+    """Draws `curves.png` from the run's metrics.jsonl: loss above, accuracies below, over steps."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    looks = [line for line in lines if line["kind"] == "validation"]
+    if not train:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, (above, below) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained")
+    steps = [line["step"] for line in train]
+    above.plot(steps, [float(line["loss"]) for line in train], color="tab:blue")
+    above.set_ylabel("training loss")
+    if "accuracy" in train[0]:
+        below.plot(steps, [100 * line["accuracy"] for line in train], label="training batches")
+    for name in ("clean", "robust"):
+        if looks and name in looks[0]:
+            below.plot(
+                [line["step"] for line in looks],
+                [100 * line[name] for line in looks],
+                marker="o",
+                markersize=3,
+                label=f"held out, {name}",
+            )
+    below.set_ylabel("accuracy, %")
+    below.set_xlabel("step")
+    below.legend(fontsize=8)
+    drawn.savefig(folder / "curves.png", dpi=130)
+    plt.close(drawn)

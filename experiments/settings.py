@@ -1,0 +1,150 @@
+"""The sections of a config that are not calls into `rain_jax`, each with its ranges."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+from rain_jax import data
+from rain_jax.checks import UsageError, within
+from rain_jax.types import Image, Key
+
+
+class Plan(NamedTuple):
+    """How long a run is, in steps."""
+
+    batch_size: int
+    per_epoch: int
+    total: int
+
+    def steps(self, epochs: float) -> int:
+        """`epochs` in steps, one at least."""
+        return max(1, round(epochs * self.per_epoch))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to each training image, by its own key.
+
+    Random crops after padding by `crop_padding` pixels and horizontal flips, inside the step; and,
+    for streams alone, Inception's crop: a random part of `area` = (low, high) of the original
+    image, before it is resized.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    pad_mode: Literal["constant", "reflect"] = "constant"
+    area: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        within("config.augment.crop_padding", self.crop_padding, 0, 64)
+        if self.area is not None:
+            low = within("config.augment.area[0]", self.area[0], above=0.0, high=1.0)
+            within("config.augment.area[1]", self.area[1], low, 1.0)
+
+    @property
+    def change(self) -> Callable[[Key, Image], Image]:
+        """The part that runs on the device."""
+        return partial(
+            data.augment, crop_padding=self.crop_padding, flip=self.flip, pad_mode=self.pad_mode
+        )
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, in what batches (over all devices), and how often a line is logged, in steps.
+
+    `feed="resident"` keeps the whole training set on every device and needs no host in the loop;
+    "stream" reads through `workers` processes; "auto" takes the first up to a gigabyte.
+    `tensorboard` writes event files beside metrics.jsonl.
+    """
+
+    epochs: float = 10.0
+    batch_size: int = 128
+    log_every: int = 50
+    feed: Literal["auto", "resident", "stream"] = "auto"
+    workers: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        within("config.training.epochs", self.epochs, above=0.0)
+        within("config.training.batch_size", self.batch_size, 1)
+        within("config.training.log_every", self.log_every, 1)
+        within("config.training.workers", self.workers, 0, 256)
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise UsageError(
+                "config.training.tensorboard=True: expected tensorboardX to be installed: "
+                "pip install 'rain_jax[tensorboard]'"
+            )
+
+    def plan(self, images: int) -> Plan:
+        """Full batches only: what is left of an epoch's shuffle is dropped, others next time."""
+        per_epoch = images // self.batch_size
+        return Plan(self.batch_size, per_epoch, max(1, round(self.epochs * per_epoch)))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A look at the held-out images every so many epochs; the best checkpoint is chosen by it."""
+
+    every_epochs: float = 1.0
+    attack: dict[str, Any] | None = None
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        within("config.validation.every_epochs", self.every_epochs, above=0.0)
+        within("config.validation.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on the test images: `attacks` maps names of columns to attacks.
+
+    `images` takes the first so many, all of them by default. `draws` is how often a random model
+    is asked for each verdict. `checkpoint` is the one with the best held-out score, or the last.
+    """
+
+    attacks: dict[str, dict[str, Any]]
+    images: int | None = None
+    batch_size: int = 256
+    draws: int = 1
+    checkpoint: Literal["best", "latest"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            within("config.evaluation.images", self.images, 1)
+        within("config.evaluation.batch_size", self.batch_size, 1)
+        within("config.evaluation.draws", self.draws, 1)
+        for name in self.attacks:
+            if name in ("clean", "worst case"):
+                raise UsageError(
+                    f"config.evaluation.attacks.{name}: expected another name: there is a column "
+                    "of this one"
+                )
+        if not self.attacks:
+            raise UsageError(
+                "config.evaluation.attacks={}: expected an attack at least, such as "
+                "dict(pgd=dict(name='pgd', steps=20))"
+            )
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Saved every so many epochs: the last `keep`, and the best by held-out robust accuracy."""
+
+    every_epochs: float = 1.0
+    keep: int = 2
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        within("config.checkpoints.every_epochs", self.every_epochs, above=0.0)
+        within("config.checkpoints.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How many devices (all by default) and by which mapping a step runs on them."""
+
+    mapping: Literal["shard_map", "pmap"] = "shard_map"
+    devices: int | None = None
