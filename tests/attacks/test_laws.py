@@ -1,0 +1,133 @@
+"""Laws that every attack keeps. A new attack is listed in SMALL, or this file fails."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax import attacks
+from rain_jax.checks import UsageError
+from rain_jax.norms import allowed, l1, l2, linf
+from rain_jax.types import Threat
+
+# Each attack at a size that tests can afford, on a threat that is given.
+SMALL = {
+    "apgd": lambda threat: attacks.apgd(threat, steps=5),
+    "apgd_t": lambda threat: attacks.apgd_t(threat, steps=4),
+    "fgsm": lambda threat: attacks.fgsm(threat),
+    "mi_fgsm": lambda threat: attacks.mi_fgsm(threat, steps=3),
+    "noise": lambda threat: attacks.noise(threat),
+    "pgd": lambda threat: attacks.pgd(threat, steps=4, restarts=2),
+}
+WITHOUT_L1 = ("apgd", "apgd_t")
+ALL = pytest.mark.parametrize("name", attacks.__all__)
+NORMS = pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
+RADIUS = {id(linf): 0.1, id(l2): 0.5, id(l1): 2.0}
+SHAPE = (6, 5, 2)
+IMAGES = jax.random.uniform(jax.random.key(1), (64, *SHAPE))
+LABELS = jnp.arange(64) % 3
+WEIGHTS = jax.random.normal(jax.random.key(2), (2, 60, 3))
+KEYS = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(64))
+
+
+def logits_fn(key, image):
+    """A small curved classifier of three classes.
+
+    Its sums are written out: a matrix product may round differently at another batch size, and a
+    last bit is enough for a sign or a halved step to come out otherwise.
+    """
+    flat = image.reshape(-1, 1)
+    bent = jnp.tanh(jnp.sum(flat * WEIGHTS[0], axis=0))
+    return 2 * bent + jnp.sum(flat**2 * WEIGHTS[1], axis=0)
+
+
+def run(attack, count, start=0, model=logits_fn):
+    many = jax.jit(jax.vmap(lambda k, x, y: attack(k, model, x, y)))
+    part = slice(start, start + count)
+    return many(KEYS[part], IMAGES[part], LABELS[part])
+
+
+def test_every_attack_is_listed():
+    assert sorted(SMALL) == sorted(attacks.__all__)
+
+
+@ALL
+@NORMS
+def test_stays_in_the_threat(name, norm):
+    if norm is l1 and name in WITHOUT_L1:
+        with pytest.raises(UsageError, match="linf or l2"):
+            SMALL[name](Threat(norm, 1.0))
+        return
+    threat = Threat(norm, RADIUS[id(norm)])
+    found = run(SMALL[name](threat), 64)
+    assert found.shape == IMAGES.shape
+    assert found.dtype == jnp.float32
+    assert bool(jnp.all((found >= 0) & (found <= 1)))
+    assert bool(jnp.all(jax.vmap(lambda a, b: allowed(threat, a, b))(IMAGES, found)))
+    # and again in double precision, to the rounding of float32 images
+    sizes = [
+        float(norm.measure(np.float64(b) - np.float64(a)))
+        for a, b in zip(np.asarray(IMAGES), np.asarray(found), strict=True)
+    ]
+    assert max(sizes) <= threat.radius * (1 + 1e-4)
+
+
+@ALL
+def test_pixel_bounds_are_the_threats_own(name):
+    threat = Threat(linf, 0.5, low=0.2, high=0.6)
+    attack = SMALL[name](threat)
+    found = jax.vmap(lambda k, x: attack(k, logits_fn, x, 0))(KEYS[:4], 0.2 + 0.4 * IMAGES[:4])
+    assert jnp.min(found) >= jnp.float32(0.2)
+    assert jnp.max(found) <= jnp.float32(0.6)
+
+
+@ALL
+def test_an_image_does_not_feel_its_neighbours(name):
+    attack = SMALL[name](Threat(linf, 0.1))
+    together = run(attack, 64)
+    np.testing.assert_allclose(run(attack, 1), together[:1], atol=1e-6)
+    np.testing.assert_allclose(run(attack, 7, 3), together[3:10], atol=1e-6)
+
+
+@ALL
+def test_same_key_same_bits(name):
+    attack = SMALL[name](Threat(l2, 0.5))
+    np.testing.assert_array_equal(run(attack, 7), run(attack, 7))
+
+
+@ALL
+def test_other_keys_other_starts(name):
+    if name in ("fgsm", "mi_fgsm"):
+        pytest.skip("starts at the image itself by default")
+    attack = SMALL[name](Threat(linf, 0.1))
+    one, other = (attack(k, logits_fn, IMAGES[0], 0) for k in KEYS[:2])
+    assert bool(jnp.any(one != other))
+
+
+@ALL
+def test_radius_may_be_a_tracer_and_costs_no_recompile(name):
+    traces = []
+
+    @jax.jit
+    def at(radius):
+        traces.append(radius)
+        return SMALL[name](Threat(linf, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
+
+    for radius in (0.02, 0.1, 0.3):
+        fixed = SMALL[name](Threat(linf, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
+        np.testing.assert_allclose(at(radius), fixed, atol=1e-6)
+    assert len(traces) == 1
+
+
+@ALL
+def test_radius_zero_returns_the_image(name):
+    found = run(SMALL[name](Threat(linf, 0.0)), 7)
+    np.testing.assert_allclose(found, IMAGES[:7], atol=1e-6)
+
+
+@ALL
+def test_a_model_without_gradients_yields_finite_images(name):
+    def flat(key, image):
+        return jnp.array([1.0, 0.0, 0.0])
+
+    assert bool(jnp.all(jnp.isfinite(run(SMALL[name](Threat(l2, 0.5)), 7, model=flat))))

@@ -1,0 +1,416 @@
+"""The networks: laws that every maker keeps, the standard parameter counts, and refusals."""
+
+import inspect
+import math
+import re
+from functools import partial
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from rain_jax import models
+from rain_jax.checks import UsageError
+from rain_jax.models.layers import Activation, batch_norm
+from rain_jax.models.network import network
+from rain_jax.types import Network
+
+# A small form of every maker and an image size for it; None: too large to run in a test, and the
+# same code as another. Whoever adds a maker adds it here.
+SMALL: dict[str, tuple[dict[str, Any], int] | None] = {
+    "cnn": (dict(widths=(4, 8), hidden=16, batch_norm=True), 8),
+    "madry_cnn": ({}, 8),
+    "preact_resnet": (dict(depths=(1, 1), width=4), 8),
+    "preact_resnet18": None,
+    "resnet18": ({}, 4),
+    "resnet50": None,
+    "small_cnn": (dict(padding="SAME"), 8),
+    "wide_resnet": (dict(depth=10, width=1), 8),
+    "wrn_28_10": None,
+    "wrn_34_10": None,
+}
+RUN = [name for name, small in SMALL.items() if small]
+CLASSES = 5
+Maker = Any
+
+
+def make(name: str, **options: Any) -> Network:
+    small = SMALL[name]
+    assert small is not None
+    return getattr(models, name)(CLASSES, **{**small[0], **options})
+
+
+def images_for(name: str, batch: int = 4) -> jax.Array:
+    small = SMALL[name]
+    assert small is not None
+    return jax.random.uniform(jax.random.key(7), (batch, small[1], small[1], 3))
+
+
+_VARIABLES: dict[str, Any] = {}
+
+
+def variables_of(name: str) -> Any:
+    """Variables of the small form, with running averages that are not those of a fresh network."""
+    if name not in _VARIABLES:
+        variables = make(name).init(jax.random.key(0), images_for(name))
+        shake = lambda x: (
+            x + 0.1 + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+        )
+        if "batch_stats" in variables:
+            variables["batch_stats"] = jax.tree.map(shake, variables["batch_stats"])
+        _VARIABLES[name] = variables
+    return _VARIABLES[name]
+
+
+def forward(net: Network, **static: Any) -> Any:
+    return jax.jit(partial(net.apply, **static))
+
+
+def parameters(net: Network, *shape: int) -> int:
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+
+
+def assert_trees_close(left: Any, right: Any, tolerance: float) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# Laws of every maker
+
+
+def test_every_maker_is_in_the_table() -> None:
+    assert set(SMALL) == set(models.__all__)
+
+
+@pytest.mark.parametrize("name", models.__all__)
+def test_arguments_are_plain_annotated_values_with_defaults(name: str) -> None:
+    first, *others = inspect.signature(getattr(models, name)).parameters.values()
+    assert first.name == "classes"
+    for argument in others:
+        assert argument.kind is argument.KEYWORD_ONLY
+        assert argument.default is not argument.empty
+        assert argument.annotation is not argument.empty
+        assert isinstance(argument.default, str | bool | int | float | tuple)
+    assert {"mean", "std", "activation", "dtype"} <= {argument.name for argument in others}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_logits_are_float32_and_eval_leaves_images_and_state_alone(name: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name)
+    assert net.classes == CLASSES
+    logits, state = forward(net)(variables, images)
+    assert logits.shape == (4, CLASSES)
+    assert logits.dtype == jnp.float32
+    assert np.all(np.isfinite(logits))
+    assert float(jnp.std(logits)) > 0
+    assert set(state) == set(variables) - {"params"}
+    assert_trees_close(state, {k: variables[k] for k in state}, 0.0)
+
+    others = images.at[1:].set(0.5)
+    np.testing.assert_allclose(forward(net)(variables, others)[0][0], logits[0], 0, 1e-5)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_variables_are_plain_dictionaries_and_follow_from_the_key(name: str) -> None:
+    net, images = make(name), images_for(name)
+    variables, again = (net.init(jax.random.key(0), x) for x in (images, 1 - images))
+    assert_trees_close(variables, again, 0.0)
+    assert type(variables) is dict
+    assert all(type(collection) is dict for collection in variables.values())
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    other = net.init(jax.random.key(1), images)
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(other), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_training_moves_the_running_averages_and_nothing_else(name: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name)
+    logits, state = forward(net, train=True)(variables, images)
+    assert logits.shape == (4, CLASSES)
+    assert set(state) == set(variables) - {"params"}
+    for collection in state:
+        before, after = jax.tree.leaves(variables[collection]), jax.tree.leaves(state[collection])
+        assert all(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+        assert {leaf.dtype for leaf in after} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_normalising_inside_is_normalising_outside(name: str) -> None:
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    variables, images = variables_of(name), images_for(name)
+    inside, _ = forward(make(name, mean=mean, std=std))(variables, images)
+    outside, _ = forward(make(name))(
+        variables, (images - jnp.array([[[mean]]])) / jnp.array([[[std]]])
+    )
+    np.testing.assert_allclose(inside, outside, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_bfloat16_computes_nearly_the_same_logits(name: str) -> None:
+    variables, images = variables_of(name), images_for(name)
+    exact, _ = forward(make(name))(variables, images)
+    net = make(name, dtype="bfloat16")
+    coarse, _ = forward(net)(variables, images)
+    assert coarse.dtype == jnp.float32
+    assert not np.array_equal(exact, coarse)
+    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05 * float(jnp.max(jnp.abs(exact))))
+    _, state = jax.eval_shape(partial(net.apply, train=True), variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", [name for name in RUN if name != "resnet18"])  # slow by the op
+def test_jit_changes_nothing(name: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name)
+    np.testing.assert_allclose(
+        net.apply(variables, images)[0], forward(net)(variables, images)[0], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_input_gradients_are_finite_and_not_zero(name: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(net.apply(variables, x)[0][:, 0])))(images)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.max(np.abs(gradient), axis=(1, 2, 3)) > 0)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about what XLA:CPU does")
+@pytest.mark.parametrize("name", ["cnn", "madry_cnn", "preact_resnet", "small_cnn"])
+def test_no_slow_convolution_is_left_in_loops_over_whole_networks(name: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name)
+
+    def loss(params: Any, images: jax.Array) -> jax.Array:
+        logits, _ = net.apply({**variables, "params": params}, images, train=True)
+        return jnp.sum(logits**2)
+
+    def climb(_: Any, carry: Any) -> Any:
+        return jax.tree.map(jnp.add, carry, jax.grad(loss, (0, 1))(*carry))
+
+    program = jax.jit(lambda *carry: jax.lax.fori_loop(0, 3, climb, carry))
+    text = program.lower(variables["params"], images).compile().as_text()
+    assert set(re.findall(r"dim_labels=(\w+)->", text)) == {"b01f_01io"}
+
+
+# Batch statistics, however the batch is spread out
+
+NORMALISED = ["cnn", "preact_resnet"]
+LABELS = jnp.array([0, 1, 2, 3, 4, 0, 1, 2])
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    return -jax.nn.log_softmax(logits)[label]
+
+
+def batched(name: str, images: jax.Array) -> tuple[Any, Any, Any]:
+    """Logits, state and the gradient of the summed loss of a batch in training."""
+    net, variables = make(name), variables_of(name)
+
+    def loss(images: jax.Array) -> Any:
+        logits, state = net.apply(variables, images, train=True)
+        return jnp.sum(jax.vmap(cross_entropy)(logits, LABELS)), (logits, state)
+
+    gradient, (logits, state) = jax.jit(jax.grad(loss, has_aux=True))(images)
+    return logits, state, gradient
+
+
+def one_by_one(name: str, axis_name: Any) -> Any:
+    """The same of one image at a time, its batch being what lies along `axis_name`."""
+    net, variables = make(name), variables_of(name)
+
+    def loss(image: jax.Array, label: jax.Array) -> Any:
+        logits, state = net.apply(variables, image[None], train=True, axis_name=axis_name)
+        return cross_entropy(logits[0], label), (logits[0], state)
+
+    def gradient(image: jax.Array, label: jax.Array) -> Any:
+        gradient, (logits, state) = jax.grad(loss, has_aux=True)(image, label)
+        return logits, state, gradient
+
+    return gradient
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_a_vmap_axis_is_a_batch(name: str) -> None:
+    images = images_for(name, 8)
+    each = jax.vmap(one_by_one(name, "image"), axis_name="image", out_axes=(0, None, 0))
+    assert_trees_close(jax.jit(each)(images, LABELS), batched(name, images), 2e-5)
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_a_device_axis_is_a_batch(name: str, mapping: str) -> None:
+    net, variables, images = make(name), variables_of(name), images_for(name, 8)
+    body = lambda images: net.apply(variables, images, train=True, axis_name="device")
+    if mapping == "pmap":
+        logits, state = jax.pmap(body, "device", out_axes=(0, None))(images[:, None])
+        logits = logits[:, 0]
+    else:
+        mesh = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
+        specs = dict(in_specs=P("device"), out_specs=(P("device"), P()), check_vma=False)
+        logits, state = jax.jit(jax.shard_map(body, mesh=mesh, **specs))(images)
+    assert_trees_close((logits, state), batched(name, images)[:2], 2e-5)
+
+
+def test_devices_and_vmap_together_are_a_batch() -> None:
+    name = "preact_resnet"
+    images = images_for(name, 8)
+    mesh = jax.make_mesh((4,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    each = jax.vmap(one_by_one(name, ("device", "image")), axis_name="image", out_axes=(0, None, 0))
+    split = P("device")
+    program = jax.jit(
+        jax.shard_map(
+            each,
+            mesh=mesh,
+            in_specs=(split, split),
+            out_specs=(split, P(), split),
+            check_vma=False,
+        )
+    )
+    assert_trees_close(program(images, LABELS), batched(name, images), 2e-5)
+
+
+def test_the_running_averages_move_by_a_tenth() -> None:
+    class OnlyNorm(nn.Module):
+        axis_name: Any = None
+
+        @nn.compact
+        def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+            norm = batch_norm(train, self.axis_name, jnp.float32)
+            return jnp.mean(norm()(images), (1, 2))
+
+    net = network(OnlyNorm(), classes=3)
+    images = jax.random.uniform(jax.random.key(1), (4, 8, 8, 3))
+    variables = net.init(jax.random.key(0), images)
+    _, state = net.apply(variables, images, train=True)
+    (found,) = state["batch_stats"].values()
+    np.testing.assert_allclose(found["mean"], 0.1 * jnp.mean(images, (0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * jnp.var(images, (0, 1, 2)), rtol=1e-5)
+
+
+# Options
+
+
+def test_remat_changes_neither_variables_nor_gradients() -> None:
+    name = "preact_resnet"
+    variables, images = variables_of(name), images_for(name)
+
+    def gradients(net: Network) -> Any:
+        def loss(params: Any, images: jax.Array) -> Any:
+            logits, state = net.apply({**variables, "params": params}, images, train=True)
+            return jnp.sum(logits**2), state
+
+        return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], images)
+
+    plain, again = make(name), make(name, remat=True)
+    assert_trees_close(
+        again.init(jax.random.key(0), images), plain.init(jax.random.key(0), images), 0.0
+    )
+    assert "remat" in str(jax.make_jaxpr(lambda: gradients(again))())
+    assert_trees_close(
+        jax.jit(lambda: gradients(again))(), jax.jit(lambda: gradients(plain))(), 2e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["cnn", "preact_resnet"])
+def test_every_activation_is_another_network(name: str) -> None:
+    variables, images = variables_of(name), images_for(name)
+    logits = [forward(make(name, activation=a))(variables, images)[0] for a in get_args(Activation)]
+    assert np.all(np.isfinite(logits))
+    for i in range(len(logits)):
+        for j in range(i):
+            assert float(jnp.max(jnp.abs(logits[i] - logits[j]))) > 1e-3
+
+
+def test_parameter_counts_are_the_standard_ones() -> None:
+    cifar, digit = (32, 32, 3), (28, 28, 1)
+    assert parameters(models.wrn_28_10(10), *cifar) == 36_479_194
+    assert parameters(models.wrn_34_10(10), *cifar) == 46_160_474
+    assert parameters(models.resnet18(10), *cifar) == 11_173_962
+    assert parameters(models.preact_resnet18(10), *cifar) == 11_172_170
+    assert parameters(models.resnet18(1000, stem="imagenet"), 224, 224, 3) == 11_689_512
+    assert parameters(models.resnet50(1000, stem="imagenet"), 224, 224, 3) == 25_557_032
+    assert parameters(models.cnn(10), *digit) == 166_406
+    assert parameters(models.small_cnn(10), *digit) == 312_202
+    assert parameters(models.madry_cnn(10), *digit) == 3_274_634
+
+
+@pytest.mark.parametrize("maker", [models.cnn, models.madry_cnn, models.preact_resnet])
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (9, 7), (28, 28), (32, 32)])
+def test_image_sizes(maker: Maker, size: tuple[int, int]) -> None:
+    assert parameters(maker(10), *size, 1) > 0
+
+
+def test_smallest_images_of_small_cnn() -> None:
+    assert parameters(models.small_cnn(10), 16, 16, 1) > 0
+    assert parameters(models.small_cnn(10, padding="SAME"), 4, 4, 1) > 0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "make_it, said",
+    [
+        (lambda: models.cnn(1), "classes=1: expected a whole number >= 2"),
+        (lambda: models.cnn(10.0), "classes=10.0"),
+        (lambda: models.cnn(10, std=0.0), "std=0.0"),
+        (lambda: models.cnn(10, std=(0.2, -0.2, 0.2)), "std=(0.2, -0.2, 0.2)"),
+        (lambda: models.cnn(10, mean=float("nan")), "mean=nan"),
+        (lambda: models.cnn(10, mean=((0.1,),)), "mean=((0.1,),)"),
+        (lambda: models.cnn(10, activation="rellu"), "did you mean 'relu'?"),
+        (lambda: models.resnet18(10, dtype="float16"), "did you mean 'bfloat16'?"),
+        (lambda: models.cnn(10, widths=()), "widths=()"),
+        (lambda: models.cnn(10, widths=(16, 0)), "widths=(16, 0)"),
+        (lambda: models.cnn(10, hidden=0), "hidden=0"),
+        (lambda: models.small_cnn(10, padding="same"), "expected one of VALID, SAME"),
+        (lambda: models.resnet50(10, stem="cifar10"), "did you mean 'cifar'?"),
+        (lambda: models.preact_resnet(10, depths=2), "depths=2"),
+        (lambda: models.preact_resnet(10, width=-4), "width=-4"),
+        (lambda: models.wide_resnet(10, depth=30), "did you mean 28 or 34?"),
+        (lambda: models.wide_resnet(10, depth=4), "did you mean 10 or 16?"),
+        (lambda: models.wide_resnet(10, width=0), "width=0"),
+        (lambda: parameters(models.cnn(10, mean=(0.1, 0.2)), 28, 28, 3), "mean has 2 values"),
+        (lambda: parameters(models.cnn(10, std=(0.1, 0.2)), 28, 28, 1), "std has 2 values"),
+        (lambda: parameters(models.small_cnn(10), 8, 8, 1), "at least 16x16 (or padding='SAME')"),
+        (lambda: parameters(models.madry_cnn(10), 8, 3, 1), "images are 8x3"),
+        (lambda: parameters(models.cnn(10, widths=(4, 4, 4)), 7, 7, 1), "at least 8x8"),
+        (lambda: parameters(models.cnn(10), 28, 28), "expected [B, H, W, C]"),
+    ],
+)
+def test_a_wrong_value_is_met_by_one_line(make_it: Any, said: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        make_it()
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_images_that_do_not_fit_are_met_by_one_line() -> None:
+    net, variables, images = make("cnn"), variables_of("cnn"), images_for("cnn")
+    with pytest.raises(UsageError, match="another size or number of channels"):
+        net.apply(variables, images[..., :1])
+    with pytest.raises(UsageError, match="uint8: expected floats"):
+        net.apply(variables, (255 * images).astype(jnp.uint8))
+
+
+def test_a_module_that_cannot_synchronise_says_so() -> None:
+    class Alone(nn.Module):
+        @nn.compact
+        def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+            return jnp.mean(nn.BatchNorm(use_running_average=not train)(images), (1, 2))
+
+    net = network(Alone(), classes=3)
+    images = images_for("cnn")
+    variables = net.init(jax.random.key(0), images)
+    net.apply(variables, images, train=True)
+    with pytest.raises(UsageError, match="Alone has no field"):
+        net.apply(variables, images, train=True, axis_name="device")

@@ -1,0 +1,233 @@
+"""The two commands: what they leave behind, what they repeat, and how fast a step is."""
+
+import gzip
+import json
+import runpy
+from pathlib import Path
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from experiments import build, train
+from rain_jax import training
+from rain_jax.parallel import choose_devices, place
+
+CONFIGS = sorted((commands.ROOT / "experiments" / "configs").glob("*.py"))
+PROMISED = {
+    "config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluation.json",
+    "verdicts.npz", "table.txt", "examples.png", "examples.npz",
+}  # fmt: skip
+DRAWN = {"curves.png"}  # of what is in metrics.jsonl, where there is enough to draw
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return commands.write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, config):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    commands.command("train", *two_steps(config, folder), folder=folder)
+    return folder / "run"
+
+
+def two_steps(config, folder):
+    return [f"--config={config}", f"--workdir={folder / 'run'}", "--config.training.epochs=0.2"]
+
+
+def content(folder):
+    """All files of a run but for what an evaluation writes, with their bytes."""
+    written_again = {"evaluation.json", "verdicts.npz", "table.txt", "examples.png", "examples.npz"}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in written_again | DRAWN | {"provenance.json"}
+    }
+
+
+def test_a_run_leaves_what_is_promised_and_nothing_else(run):
+    assert {path.name for path in run.iterdir()} - DRAWN == PROMISED
+    assert [line["step"] for line in commands.metrics(run)] == [2, 2]
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["step"] == 2
+    assert found["provenance"]["versions"]["jax"] == jax.__version__
+    assert "pgd40" in (run / "table.txt").read_text()
+    with np.load(run / "verdicts.npz") as verdicts:
+        assert verdicts["clean/right"].shape == (83,)
+        assert int(np.sum(verdicts["clean/right"])) == found["clean"]["right"]
+        # What the table says follows from the verdicts alone.
+        stands = verdicts["clean/right"] & (verdicts["pgd40/right"] | ~verdicts["pgd40/allowed"])
+        assert int(np.sum(stands)) == found["attacks"]["pgd40"]["right"]
+
+
+def test_evaluate_needs_the_workdir_alone_and_finds_the_same(run, tmp_path):
+    before, expected = content(run), commands.results(run)
+    commands.command("evaluate", f"--workdir={run}", folder=tmp_path)
+    assert commands.results(run) == expected
+    assert content(run) == before
+
+
+def test_an_override_changes_what_it_should_and_no_more(run, tmp_path):
+    before, expected = content(run), commands.results(run)
+    override = "--config.evaluation.attacks.pgd40.steps=5"
+    commands.command("evaluate", f"--workdir={run}", override, folder=tmp_path)
+    found = commands.results(run)
+    assert found["attacks"]["pgd40"]["settings"] == {
+        **expected["attacks"]["pgd40"]["settings"], "steps": 5,
+    }  # fmt: skip
+    for measured in (found, expected):
+        del measured["attacks"], measured["worst_case"]
+    assert found == expected
+    # The run is what it was: its config, its log and its weights.
+    assert content(run) == before
+
+
+def test_a_finished_run_started_again_only_evaluates(run, config, tmp_path):
+    commands.command("evaluate", f"--workdir={run}", folder=tmp_path)
+    before, expected = content(run), commands.results(run)
+    said = commands.command("train", *two_steps(config, run.parent), folder=tmp_path)
+    assert "goes on from step 2 of 2" in said
+    assert content(run) == before
+    assert commands.results(run) == expected
+
+
+# --- Every config in the house ----------------------------------------------------------------
+
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar": (32, 32, 3), "svhn": (32, 32, 3)}
+
+
+def shape_of(spec):
+    """The shape of the images that a config's data section names."""
+    known = [shape for name, shape in SHAPES.items() if name in spec["name"]]
+    shape = known[0] if known else (32, 32, 3)
+    side = spec.get("resize")
+    return (side, side, shape[2]) if side else shape
+
+
+def hurried(section):
+    """The same section with the fewest steps, restarts and draws, however deep they stand."""
+    if isinstance(section, list):
+        return [hurried(entry) for entry in section]
+    if not isinstance(section, dict):
+        return section
+    few = {"steps": 1, "restarts": 1, "draws": 1, "queries": 2}
+    return {
+        key: few[key] if key in few and isinstance(value, int) else hurried(value)
+        for key, value in section.items()
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path):
+    spec = build.plain(runpy.run_path(str(path))["get_config"]())
+    shape = shape_of(spec["data"])
+    classes = 100 if "cifar100" in spec["data"]["name"] else 10
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for split, size in (("train", 12), ("test", 5)):
+        arrays[f"{split}_image"] = draw.integers(0, 256, (size, *shape), np.uint8)
+        arrays[f"{split}_label"] = np.arange(size) % classes
+    arrays["train_label"][-1] = classes - 1  # so that the number of classes can be seen
+    np.savez(tmp_path / "data.npz", **arrays)
+
+    # One device: eight would compile no other program and wait for each other.
+    quick = {
+        "training": {"batch_size": 4, "log_every": 1},
+        "validation": {"batch_size": 4, "every_epochs": 1},
+        "evaluation": {"batch_size": 4, "images": None},
+        "checkpoints": {"every_epochs": 1},
+        "parallel": {"devices": 1},
+    }
+    spec = hurried(spec)
+    spec["data"] = {"name": f"arrays:{tmp_path / 'data.npz'}", "holdout": 4}
+    for sections in (spec, spec.get("twin") or {}):
+        for name, changes in quick.items():
+            if sections.get(name):
+                sections[name] = {**sections[name], **changes}
+    # Two batches of four are what the eight images that are not held out make: one epoch.
+    spec["training"]["epochs"] = 1
+    train.main(spec, tmp_path / "run")
+    found = commands.results(tmp_path / "run")
+    assert found["step"] in (1, 2)
+    assert found["clean"]["of"] == 5
+    assert found["attacks"]
+    folders = [tmp_path / "run", *([tmp_path / "run" / "twin"] if spec.get("twin") else [])]
+    for folder in folders:
+        lines = commands.metrics(folder)
+        assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+
+
+# --- A step is one program --------------------------------------------------------------------
+
+
+def calls_seen(folder):
+    """Calls of compiled programs in a profile, by name; what is inside another is part of it."""
+    (trace,) = Path(folder).rglob("*.trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    calls = [e for e in events if e.get("ph") == "X" and e["name"].startswith("PjitFunction(")]
+    names, until = [], {}
+    for call in sorted(calls, key=lambda call: (call["ts"], -call["dur"])):
+        if call["ts"] >= until.get(call["tid"], -1.0):
+            names.append(call["name"])
+            until[call["tid"]] = call["ts"] + call["dur"]
+    return names
+
+
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping, config, tmp_path):
+    experiment = build.experiment(runpy.run_path(str(config))["get_config"]())
+    devices = place(mapping, choose_devices(8))
+    plan, keys = train.plan_of(experiment), train.keys_of(experiment.seed)
+    method = training.minimise(
+        experiment.objective,
+        experiment.optimiser(plan.total, plan.per_epoch),
+        average=experiment.average(plan.total, plan.per_epoch),
+    )
+    variables = experiment.network.init(keys.init, np.zeros((1, 8, 8, 1), np.float32))
+    state = devices.replicate(method.init(variables))
+    step = train.make_step(experiment, method, plan, devices)
+    feeds = train.feed(experiment, plan, keys, devices, 0)
+    for _ in range(2):  # compiles, and takes its own results as arguments for the first time
+        state, metrics = step(state, next(feeds))
+    jax.block_until_ready(metrics)
+
+    compiled = []
+    listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    steps = 5  # within one epoch
+    try:
+        with jax.profiler.trace(str(tmp_path)), jax.transfer_guard("disallow"):
+            for passed in training.loop(step, state, feeds, 2, 2 + steps):
+                assert passed.state is not None
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+    called = calls_seen(tmp_path)
+    assert len(called) == steps, called
+    assert len(set(called)) == 1
+    # The counting counts: what is done outside the program is seen.
+    with jax.profiler.trace(str(tmp_path / "more")):
+        jax.block_until_ready(passed.state.step + 1)
+    assert len(calls_seen(tmp_path / "more")) == 1
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(tmp_path, config):
+    """The rate leaps at the second epoch; the checkpoints from before it are whole and finite."""
+    said = commands.command(
+        "train", f"--config={config}", f"--workdir={tmp_path / 'run'}",
+        "--config.schedule.name=piecewise", "--config.schedule.at=(1.05,)",
+        "--config.schedule.factor=1e30",
+        folder=tmp_path, code=3,
+    )  # fmt: skip
+    assert "error: loss is nan at step" in said
+    assert "Traceback" not in said
+    kept = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit())
+    assert kept
+    assert max(kept) <= 10
+    evaluated = commands.command("evaluate", f"--workdir={tmp_path / 'run'}", folder=tmp_path)
+    assert "Per cent right of 83 test images" in evaluated

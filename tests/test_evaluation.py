@@ -1,0 +1,271 @@
+"""The judge is strict and fair, and counts do not depend on how images are batched or placed."""
+
+import dataclasses
+import json
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import build, evaluate
+from rain_jax import attacks, data, evaluation, methods, models, optimisers, training
+from rain_jax.checks import UsageError
+from rain_jax.norms import linf
+from rain_jax.parallel import choose_devices, place, round_up
+from rain_jax.types import Batch, Threat
+
+THREAT = Threat(linf, 0.1)
+IMAGES = 157  # no multiple of any batch below
+NETWORK = models.cnn(10, widths=(8, 16), hidden=32)
+ROOT = jax.random.key(7)
+
+
+# --- A trained network on digits --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def test_images(digits):
+    return data.first(digits.test, IMAGES)
+
+
+@pytest.fixture(scope="module")
+def variables(digits):
+    """Three epochs of training: enough to be right often, not enough to be robust."""
+    method = training.minimise(methods.natural(NETWORK), optimisers.sgd(0.05, nesterov=True))
+    state = method.init(NETWORK.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    images, labels = map(jnp.asarray, data.resident(digits.train))
+    order = data.epoch_order(jax.random.key(1), 0, len(labels))
+
+    @jax.jit
+    def step(state):
+        batch = data.take(images, labels, order, state.step % 20, 64)
+        return method.step(jax.random.key(2), state, batch)[0]
+
+    for _ in range(60):
+        state = step(state)
+    return training.variables_of(training.model_of(state))
+
+
+def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None):
+    attack = attacks.pgd(THREAT, steps=4, restarts=2) if attack is None else attack
+    devices = place(mapping, choose_devices(count))
+    programs = evaluation.evaluator(
+        evaluate.logits_fn_of(NETWORK), THREAT, {"pgd": attack}, devices
+    )
+    batches = data.evaluation_batches(source, round_up(size, count))
+    results = evaluation.run(
+        programs.attacks["pgd"], devices, devices.replicate(variables), ROOT, batches
+    )
+    return evaluation.join([judgement for judgement, _ in results])
+
+
+@pytest.fixture(scope="module")
+def reference(variables, test_images):
+    found = judged(variables, test_images, size=16)
+    # Some stand and some fall, or equal verdicts would say nothing.
+    assert 10 < np.sum(evaluation.standing(found)) < IMAGES - 10
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "mapping"),
+    [
+        (50, 1, "shard_map"), (256, 1, "shard_map"), (256, 1, "pmap"), (16, 8, "shard_map"),
+        (50, 8, "shard_map"), (50, 8, "pmap"), (256, 8, "pmap"),
+    ],
+)  # fmt: skip
+def test_verdicts_feel_neither_batches_nor_devices(
+    size, count, mapping, variables, test_images, reference
+):
+    found = judged(variables, test_images, size=size, count=count, mapping=mapping)
+    np.testing.assert_array_equal(found.index, np.arange(IMAGES))
+    np.testing.assert_array_equal(found.label, test_images.arrays[1])
+    np.testing.assert_array_equal(found.right, reference.right)
+    np.testing.assert_array_equal(found.allowed, reference.allowed)
+    np.testing.assert_allclose(found.margin, reference.margin, atol=1e-3)
+
+
+def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference):
+    few = judged(variables, data.first(test_images, 21), size=16)
+    np.testing.assert_array_equal(few.index, np.arange(21))
+    np.testing.assert_array_equal(few.right, reference.right[:21])
+    np.testing.assert_allclose(few.margin, reference.margin[:21], atol=1e-3)
+    # In another order, too: keys belong to places in the data set.
+    order = np.random.default_rng(0).permutation(IMAGES)[:16]
+    image, label = test_images.arrays
+    batch = Batch(image[order], label[order], order.astype(np.int32), np.ones(16, bool))
+    devices = place("shard_map", choose_devices(1))
+    attack = attacks.pgd(THREAT, steps=4, restarts=2)
+    programs = evaluation.evaluator(
+        evaluate.logits_fn_of(NETWORK), THREAT, {"pgd": attack}, devices
+    )
+    placed = devices.replicate(variables)
+    ((found, _),) = evaluation.run(programs.attacks["pgd"], devices, placed, ROOT, [batch])
+    np.testing.assert_array_equal(found.index, order)
+    np.testing.assert_array_equal(found.right, reference.right[order])
+
+
+@pytest.mark.parametrize(("size", "count", "batch"), [(50, 8, 56), (16, 8, 16), (1, 8, 8)])
+def test_batches_are_rounded_up_to_the_devices(size, count, batch):
+    assert round_up(size, count) == batch
+
+
+# --- The judge --------------------------------------------------------------------------------
+
+BLANK = jnp.full((8, 8, 1), 0.5)
+
+
+def verdict(logits_fn, candidate=BLANK, label=0, draws=1, key=ROOT):
+    right, margin, prediction, allowed, distance = evaluation.judge(
+        logits_fn, THREAT, key, BLANK, candidate, label, draws=draws
+    )
+    return dict(right=bool(right), margin=float(margin), prediction=int(prediction),
+                allowed=bool(allowed), distance=float(distance))  # fmt: skip
+
+
+def judgement(right, allowed=True, index=None):
+    right = np.asarray(right)
+    index = np.arange(len(right)) if index is None else np.asarray(index)
+    zeros = np.zeros(len(right))
+    return evaluation.Judgement(
+        index, zeros, right, zeros, zeros, np.broadcast_to(allowed, right.shape), zeros
+    )
+
+
+@pytest.mark.parametrize("label", range(4))
+def test_constant_logits_are_wrong_for_every_label(label):
+    assert not verdict(lambda key, image: jnp.zeros(4), label=label)["right"]
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("place", [0, 2])
+def test_logits_that_are_no_numbers_are_wrong(bad, place):
+    logits = jnp.array([9.0, 1.0, 2.0]).at[place].set(bad)
+    assert not verdict(lambda key, image: logits)["right"]
+
+
+def test_a_clear_case_by_hand():
+    found = verdict(lambda key, image: jnp.array([3.0, 1.0, 2.5]))
+    assert found == dict(right=True, margin=-0.5, prediction=0, allowed=True, distance=0.0)
+    found = verdict(lambda key, image: jnp.array([3.0, 1.0, 2.5]), label=2)
+    assert (found["right"], found["margin"], found["prediction"]) == (False, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    "candidate", [BLANK + 0.2, BLANK.at[0, 0, 0].set(jnp.nan)], ids=["too far", "no number"]
+)
+def test_an_image_outside_the_threat_breaks_nothing(candidate):
+    found = verdict(lambda key, image: jnp.array([0.0, 1.0]), candidate)
+    assert not found["right"]
+    assert not found["allowed"]
+    stands = evaluation.standing(judgement([False, False], allowed=[False, True]))
+    np.testing.assert_array_equal(stands, [True, False])
+
+
+def test_the_threat_is_kept_to_the_last_bit_of_float32_arithmetic():
+    assert verdict(lambda key, image: jnp.array([0.0, 1.0]), BLANK + 0.1)["allowed"]
+    assert not verdict(lambda key, image: jnp.array([0.0, 1.0]), BLANK + 0.1001)["allowed"]
+
+
+def moody(key, image):
+    """Right in three draws of four, by 1; wrong in the fourth, by 11."""
+    return jnp.where(jax.random.uniform(key) < 0.75, jnp.array([1.0, 0]), jnp.array([-11.0, 0]))
+
+
+def test_random_models_are_judged_by_the_mean_of_their_draws():
+    single = [verdict(moody, key=jax.random.key(seed))["right"] for seed in range(20)]
+    assert any(single)
+    assert not all(single)
+    for seed in range(3):
+        key = jax.random.key(seed)
+        found = verdict(moody, key=key, draws=100)
+        expected = np.mean([moody(k, BLANK) for k in jax.random.split(key, 100)], axis=0)
+        np.testing.assert_allclose(found["margin"], expected[1] - expected[0], rtol=1e-4)
+        assert not found["right"]
+    assert verdict(moody, key=jax.random.key(0), draws=4) != verdict(
+        moody, key=jax.random.key(1), draws=4
+    )
+
+
+def test_the_judge_draws_keys_that_the_attack_does_not_know():
+    """The model is wrong on an image that was made for the very draw with which it looks."""
+
+    def logits_fn(key, image):
+        seen = jnp.any(jnp.abs(image - jax.random.uniform(key)) < 1e-6)
+        return jnp.where(seen, jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
+
+    def attack(key, logits_fn, image, label):
+        keys = [key, jax.random.fold_in(key, 0), *jax.random.split(key, 2), jax.random.key(7)]
+        known = [jax.random.uniform(k) for k in [*keys, jax.random.split(key, 1)[0]]]
+        return image.at[0, : len(known), 0].set(jnp.stack(known))
+
+    key = jax.random.key(7)
+    spied = attack(key, logits_fn, BLANK, 0)
+    wide = Threat(linf, 1.0)
+    assert not evaluation.judge(logits_fn, wide, key, BLANK, spied, 0)[0], "the trap works"
+
+    devices = place("shard_map")
+    programs = evaluation.evaluator(lambda _: logits_fn, wide, {"spy": attack}, devices)
+    batch = Batch(
+        np.tile(BLANK, (16, 1, 1, 1)), np.zeros(16, np.int32), np.arange(16, dtype=np.int32),
+        np.ones(16, bool),
+    )  # fmt: skip
+    ((found, _),) = evaluation.run(
+        programs.attacks["spy"], devices, devices.replicate({}), devices.replicate(key), [batch]
+    )
+    assert np.all(found.allowed)
+    assert np.all(found.right)
+
+
+def test_the_worst_case_is_the_and_over_attacks():
+    clean = judgement([True, True, True, False])
+    first, second = judgement([True, False, True, True]), judgement([True, True, False, True])
+    stands = evaluation.worst_case(clean, [first, second])
+    np.testing.assert_array_equal(stands, [True, False, False, False])
+    np.testing.assert_array_equal(clean.right, [True, True, True, False])  # not written over
+    np.testing.assert_array_equal(evaluation.worst_case(clean, []), clean.right)
+    with pytest.raises(UsageError, match="different images"):
+        evaluation.worst_case(clean, [judgement([True] * 4, index=[0, 1, 3, 2])])
+
+
+@pytest.mark.parametrize(
+    ("hits", "total"), [(0, 10), (10, 10), (1, 7), (437, 500), (1, 10_000), (5000, 10_000)]
+)
+def test_intervals_are_wilsons(hits, total):
+    found = evaluation.Proportion(hits, total)
+    expected = scipy.stats.binomtest(hits, total).proportion_ci(method="wilson")
+    np.testing.assert_allclose(found.interval, [expected.low, expected.high], atol=1e-7)
+    assert found.value == hits / total
+
+
+def test_nothing_counted_is_not_a_number():
+    found = evaluation.proportion(np.zeros(0, bool))
+    assert np.isnan([found.value, *found.interval]).all()
+
+
+# --- The report of an evaluation --------------------------------------------------------------
+
+
+def test_cheating_is_reported_and_does_not_count(tmp_path):
+    path = commands.write_config(tmp_path)
+    scope: dict = {}
+    exec(path.read_text(), scope)
+    experiment = build.experiment(scope["get_config"]())
+    cheat = lambda key, logits_fn, image, label: jnp.where(label % 2, image + 0.5, image)
+    settings = dataclasses.replace(experiment.evaluation, attacks={"cheat": {"name": "cheat"}})
+    experiment = experiment._replace(attacks={"cheat": cheat}, evaluation=settings)
+    variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    evaluate.evaluate(experiment, variables, tmp_path, "untrained", 0)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    odd = int(np.sum(experiment.splits.test.arrays[1] % 2))
+    assert found["attacks"]["cheat"]["outside_the_threat"] == odd
+    assert found["attacks"]["cheat"]["right"] == found["clean"]["right"] > 0
+    np.testing.assert_allclose(found["attacks"]["cheat"]["largest_distance"], 0.5, rtol=1e-6)

@@ -1,0 +1,87 @@
+"""Losses against values worked out by hand; all grow as the classifier gets more wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax import losses
+
+LOGITS = jnp.array([2.0, 1.0, 0.0, -1.0])
+
+
+def test_values_by_hand():
+    weights = np.exp([2.0, 1.0, 0.0, -1.0])
+    np.testing.assert_allclose(
+        losses.cross_entropy(LOGITS, 1), -np.log(weights[1] / weights.sum()), rtol=1e-6
+    )
+    assert float(losses.margin(LOGITS, 0)) == -1.0
+    assert float(losses.margin(LOGITS, 3)) == 3.0
+    np.testing.assert_allclose(losses.dlr(LOGITS, 0), -1.0 / 2.0, rtol=1e-6)
+    np.testing.assert_allclose(losses.dlr(LOGITS, 2), 2.0 / 2.0, rtol=1e-6)
+    # towards class 1 from label 0: (1 - 2) / (2 - (0 - 1) / 2)
+    np.testing.assert_allclose(losses.dlr_targeted(LOGITS, 0, 1), -1.0 / 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_grows_as_the_label_loses(name):
+    loss = getattr(losses, name)
+    values = [float(loss(LOGITS.at[0].set(lead), 0)) for lead in (5.0, 3.0, 1.5, 0.0, -3.0)]
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_any_number_of_classes(name, classes, key):
+    logits = jax.random.normal(key, (classes,))
+    value, gradient = jax.value_and_grad(getattr(losses, name))(logits, 1)
+    assert bool(jnp.isfinite(value))
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_targeted_dlr_with_any_number_of_classes(classes, key):
+    logits = jax.random.normal(key, (classes,))
+    before = losses.dlr_targeted(logits, 0, 1)
+    assert losses.dlr_targeted(logits.at[1].add(0.5).at[0].add(-0.5), 0, 1) > before
+
+
+def test_dlr_ignores_scale_and_shift():
+    np.testing.assert_allclose(losses.dlr(3 * LOGITS + 7, 1), losses.dlr(LOGITS, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_low_precision_logits_give_float32(name):
+    assert getattr(losses, name)(LOGITS.astype(jnp.bfloat16), 0).dtype == jnp.float32
+
+
+def test_large_logits_do_not_overflow():
+    big = jnp.array([1e4, -1e4, 0.0])
+    value, gradient = jax.value_and_grad(losses.cross_entropy)(big, 1)
+    np.testing.assert_allclose(value, 2e4)
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+
+
+def test_kl_is_zero_at_equality_and_by_hand_elsewhere():
+    assert abs(float(losses.kl(LOGITS, LOGITS + 3))) < 1e-6
+    p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])
+    np.testing.assert_allclose(
+        losses.kl(jnp.log(q), jnp.log(p)), np.sum(p * np.log(p / q)), rtol=1e-5
+    )
+    through_reference = jax.grad(losses.kl, argnums=1)(jnp.log(q), jnp.log(p))
+    assert float(jnp.max(jnp.abs(through_reference))) > 0.01
+
+
+def test_smoothed_labels():
+    target = losses.smooth(1, 4, 0.2)
+    np.testing.assert_allclose(target, [0.05, 0.85, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(LOGITS, losses.smooth(1, 4, 0.0)),
+        losses.cross_entropy(LOGITS, 1),
+        rtol=1e-6,
+    )
+
+
+def test_targeted_turns_the_sign():
+    assert losses.targeted(losses.cross_entropy)(LOGITS, 2) == -losses.cross_entropy(LOGITS, 2)

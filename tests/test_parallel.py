@@ -1,0 +1,79 @@
+"""Programs over devices: both mappings, the same sums, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax.checks import UsageError
+from rain_jax.parallel import check_batch_size, choose_devices, image_keys, place, psum
+
+MAPPINGS = pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+
+
+def descend(weights, batch, axis_name=None):
+    """One step of least squares, as a per-device body."""
+
+    def loss(weights):
+        return jnp.sum((batch["x"] @ weights - batch["y"]) ** 2)
+
+    total, gradient = psum(jax.value_and_grad(loss)(weights), axis_name)
+    number = psum(jnp.float32(batch["y"].shape[0]), axis_name)
+    return weights - 0.1 * gradient / number, {"loss": total / number}, 2.0 * batch["y"]
+
+
+@MAPPINGS
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_step_over_devices_is_the_step(mapping, count, key):
+    batch = {
+        "x": np.asarray(jax.random.normal(key, (16, 3))),
+        "y": np.asarray(jax.random.normal(jax.random.fold_in(key, 1), (16,))),
+    }
+    weights = jnp.ones(3)
+    expected = descend(weights, batch)
+    devices = place(mapping, choose_devices(count))
+    step = devices.map(descend, inputs=(False, True), outputs=(False, False, True), donate=(0,))
+    found = step(devices.replicate(jnp.array(weights)), devices.split(batch))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1]["loss"], expected[1]["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(devices.gather(found[2]), expected[2])
+    assert devices.size == count
+
+
+def test_both_mappings_give_the_same_bits(key):
+    batch = {"x": np.ones((16, 3), np.float32) * 0.3, "y": np.linspace(0, 1, 16, dtype=np.float32)}
+    results = []
+    for mapping in ("shard_map", "pmap"):
+        devices = place(mapping)
+        step = devices.map(descend, inputs=(False, True), outputs=(False, False, True))
+        results.append(step(devices.replicate(jnp.ones(3)), devices.split(batch)))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+
+
+def test_keys_belong_to_places_and_not_to_batches(key):
+    all_keys = jax.random.key_data(image_keys(key, jnp.arange(10)))
+    some = jax.random.key_data(image_keys(key, jnp.array([7, 2])))
+    np.testing.assert_array_equal(some, all_keys[jnp.array([7, 2])])
+    assert len({tuple(k) for k in np.asarray(all_keys).tolist()}) == 10
+
+
+def test_keys_pass_through_both_mappings(key):
+    for mapping in ("shard_map", "pmap"):
+        devices = place(mapping)
+
+        def draw(key, index, axis_name=None):
+            return jax.vmap(jax.random.uniform)(image_keys(key, index))
+
+        program = devices.map(draw, inputs=(False, True), outputs=True)
+        found = program(devices.replicate(key), devices.split(np.arange(16)))
+        expected = jax.vmap(jax.random.uniform)(image_keys(key, jnp.arange(16)))
+        np.testing.assert_array_equal(devices.gather(found), expected)
+
+
+def test_refusals():
+    with pytest.raises(UsageError, match=r"batch_size=20: expected a positive multiple of the 8"):
+        check_batch_size("batch_size", 20, 8)
+    with pytest.raises(UsageError, match="devices=9: expected 1 to 8"):
+        choose_devices(9)
+    with pytest.raises(UsageError, match="did you mean 'shard_map'"):
+        place("shardmap")
