@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import within
-from rain_jax.types import Estimator, Image, Key, PyTree, Scalar
+from rain_jax.types import Array, Estimator, Image, Key, PyTree, Scalar
 
-__all__ = ["eot", "exact"]
+__all__ = ["eot", "exact", "nes", "spsa"]
 
 
 def exact() -> Estimator:
@@ -33,6 +33,50 @@ def eot(draws: int = 20) -> Estimator:
             return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), everything)
 
         return mean
+
+    return estimator
+
+
+def nes(draws: int = 25, scale: float = 0.001, answers: int = 1) -> Estimator:
+    """Slopes along Gaussian directions (NES; Ilyas et al., arXiv:1804.08598): no backward pass.
+
+    Each of `draws` directions is tried both ways, `scale` times its length in pixel values. What
+    is told about the image, value and aux, comes from the image itself, as the mean of `answers`:
+    more than one for random models, whose every answer is another draw. So 2 x `draws` + `answers`
+    queries, side by side; as in the authors' code they may lie a little outside the pixel bounds.
+    """
+    return _both_ways(jax.random.normal, draws, scale, answers)
+
+
+def spsa(draws: int = 128, scale: float = 0.01, answers: int = 1) -> Estimator:
+    """As `nes`, along directions of random signs (SPSA; Uesato et al., arXiv:1802.05666)."""
+    return _both_ways(jax.random.rademacher, draws, scale, answers)
+
+
+def _both_ways(sample: Callable[..., Array], draws: int, scale: float, answers: int) -> Estimator:
+    """The mean of direction x slope, whose expectation is the gradient of a linear function."""
+    within("draws", draws, 1)
+    within("scale", scale, above=0.0)
+    within("answers", answers, 1)
+
+    def estimator(function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
+        def along(direction_key: Key, query_key: Key, image: Image) -> Image:
+            direction = sample(direction_key, image.shape, jnp.float32)
+            # A key for each query: nobody outside makes a random model repeat its draws.
+            values, _ = jax.vmap(lambda key, side: function(key, image + side * direction))(
+                jax.random.split(query_key), jnp.array([scale, -scale])
+            )
+            return direction * (values[0] - values[1]) / (2 * scale)
+
+        def estimate(key: Key, image: Image) -> tuple[tuple[Scalar, PyTree], Image]:
+            direction_key, query_key, answer_key = jax.random.split(key, 3)
+            told = jax.vmap(function, (0, None))(jax.random.split(answer_key, answers), image)
+            steps = jax.vmap(along, (0, 0, None))(
+                jax.random.split(direction_key, draws), jax.random.split(query_key, draws), image
+            )
+            return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (told, steps))
+
+        return estimate
 
     return estimator
 

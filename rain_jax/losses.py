@@ -3,13 +3,17 @@
 Attacks climb them, training descends them. Logits are cast to float32 first.
 """
 
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from rain_jax.checks import UsageError
 from rain_jax.types import Array, Logits, Loss, Scalar
 
-__all__ = ["cross_entropy", "dlr", "margin"]
+__all__ = ["cross_entropy", "dlr", "kl", "margin"]
 
 
 def _f32(logits: Logits) -> Logits:
@@ -38,13 +42,30 @@ def margin(logits: Logits, label: Array) -> Scalar:
     return jnp.max(wrong) - logits[label]
 
 
+def lead(logits: Logits, label: Array, target: Array) -> Scalar:
+    """How far class `target` leads `label`: what MultiTargeted climbs (arXiv:1910.09338)."""
+    logits = _f32(logits)
+    return logits[target] - logits[label]
+
+
+@functools.cache
+def _say_once_that_dlr_is_the_margin() -> None:
+    warnings.warn(
+        "dlr: below three classes there is no third logit to divide by: it is the plain margin",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
 def dlr(logits: Logits, label: Array) -> Scalar:
     """Difference of logits ratio (Croce & Hein, arXiv:2003.01690): blind to the logits' scale.
 
     The margin over the spread from the first to the third logit. With two classes there is no
-    third: it is the margin itself, as AutoAttack's authors advise to use there.
+    third: it is the margin itself, as AutoAttack's authors advise to use there, and a `UserWarning`
+    says so once.
     """
     if logits.shape[-1] < 3:
+        _say_once_that_dlr_is_the_margin()
         return margin(logits, label)
     ranked = -jnp.sort(-_f32(logits))
     return margin(logits, label) / (ranked[0] - ranked[2] + 1e-12)
@@ -54,19 +75,26 @@ def dlr_targeted(logits: Logits, label: Array, target: Array) -> Scalar:
     """Targeted DLR (same source): grows as class `target` overtakes `label`.
 
     The spread is from the first logit to the mean of the third and fourth; to the third alone
-    with three classes, and with two it is the plain difference.
+    with three classes, and with two it is the plain difference, as `dlr` warns.
     """
-    logits = _f32(logits)
-    lead = logits[target] - logits[label]
     if logits.shape[-1] < 3:
-        return lead
-    ranked = -jnp.sort(-logits)
+        _say_once_that_dlr_is_the_margin()
+        return lead(logits, label, target)
+    ranked = -jnp.sort(-_f32(logits))
     third = ranked[2] if logits.shape[-1] == 3 else (ranked[2] + ranked[3]) / 2
-    return lead / (ranked[0] - third + 1e-12)
+    return lead(logits, label, target) / (ranked[0] - third + 1e-12)
 
 
 def kl(logits: Logits, reference: Logits) -> Scalar:
-    """KL(reference || this) between the softmax of two logit vectors, gradient through both."""
+    """KL(reference || this) between the softmax of two logit vectors, gradient through both.
+
+    Raises `UsageError` for a label in the place of logits.
+    """
+    if jnp.shape(reference) != jnp.shape(logits):
+        raise UsageError(
+            f"loss='kl': expected logits {jnp.shape(logits)} to compare with, "
+            f"not a label {jnp.shape(reference)}"
+        )
     q, p = jax.nn.log_softmax(_f32(logits)), jax.nn.log_softmax(_f32(reference))
     return jnp.sum(jnp.exp(p) * (p - q))
 

@@ -5,18 +5,22 @@ A perturbation is [H, W, C]. Projections take the pixel bounds along, as bounds 
 point for L-inf alone.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rain_jax.checks import UsageError
 from rain_jax.types import Array, Image, Key, Norm, Scalar, Threat
 
 __all__ = ["l1", "l2", "linf"]
 
 # Halvings of the interval that holds the multiplier: float32 has 24 bits, the rest is margin.
 _BISECTIONS = 32
+# A multiplier that brings every entry to its bound; an infinite one would make NaN of 0 * inf.
+_FARTHEST = float(jnp.finfo(jnp.float32).max)
 
 
 def _smallest(shrink: Any, measure: Any, radius: Scalar, reach: Scalar) -> Array:
@@ -34,6 +38,42 @@ def _smallest(shrink: Any, measure: Any, radius: Scalar, reach: Scalar) -> Array
     return jnp.where(inside, shrink(jnp.zeros_like(reach)), shrink(high))
 
 
+def _rise(slope: Array, level: Any, low: Any, high: Any) -> tuple[Array, Scalar, Array]:
+    """`slope` and `level` turned so that the level lies above, and each entry's room that way.
+
+    Both are divided by the largest slope: products of tiny slopes would underflow to zero.
+    """
+    largest = jnp.max(jnp.abs(slope))
+    scale = jnp.where(level < 0, -1.0, 1.0) * jnp.where(largest > 0, largest, 1.0)
+    rise = slope / scale
+    room = jnp.where(rise > 0, high, jnp.where(rise < 0, -low, 0.0))
+    return rise, level / scale, room
+
+
+def _along(rise: Array, level: Scalar, room: Array, rate: Array) -> Array:
+    """`sign(rise) min(multiplier rate, room)` with the multiplier that brings it to `level`.
+
+    What that reaches is concave and piecewise linear in the multiplier: Newton's method from zero
+    never passes the root, and ends when a step brings no further entry to its bound. Residual times
+    slope falls at least fourfold a step, so that takes a handful of steps and not one per entry.
+    """
+    steep = jnp.abs(rise)
+
+    def newton(state: tuple[Scalar, Scalar, Scalar]) -> tuple[Scalar, Scalar, Scalar]:
+        multiplier, before, _ = state
+        free = multiplier * rate < room
+        missing = level - jnp.sum(jnp.where(free, 0.0, steep * room))
+        pace = jnp.sum(jnp.where(free, steep * rate, 0.0))
+        ahead = jnp.where(pace > 0, missing / jnp.where(pace > 0, pace, 1.0), _FARTHEST)
+        count = jnp.sum(free)
+        # Free entries only ever become fewer: as many as before means the same ones.
+        return jnp.maximum(multiplier, ahead), count, count != before
+
+    start = (jnp.zeros_like(level), jnp.int32(-1), jnp.bool_(True))
+    multiplier, _, _ = jax.lax.while_loop(lambda state: state[2], newton, start)
+    return jnp.where(steep > 0, jnp.sign(rise) * jnp.minimum(multiplier * rate, room), 0.0)
+
+
 def _linf_measure(perturbation: Array) -> Scalar:
     return jnp.max(jnp.abs(perturbation))
 
@@ -48,7 +88,17 @@ def _linf_sample(key: Key, shape: tuple[int, ...], radius: Any) -> Array:
     return radius * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
 
-linf = Norm(_linf_measure, _linf_project, _linf_sample, jnp.sign)
+def _linf_cross(slope: Array, level: Any, low: Any = -jnp.inf, high: Any = jnp.inf) -> Array:
+    """The smallest change in [low, high], which holds zero, with <slope, change> = `level`.
+
+    Every norm has one. A negative level lies the other way. Where the bounds do not let it be
+    reached, or the slope is zero, it is the change that comes nearest: a corner, or none.
+    """
+    rise, level, room = _rise(slope, level, low, high)
+    return _along(rise, level, room, jnp.ones_like(rise))
+
+
+linf = Norm(math.inf, _linf_measure, _linf_project, _linf_sample, jnp.sign, _linf_cross)
 
 
 def _l2_measure(perturbation: Array) -> Scalar:
@@ -94,7 +144,12 @@ def _l2_steepest(gradient: Array) -> Array:
     return scaled * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
-l2 = Norm(_l2_measure, _l2_project, _l2_sample, _l2_steepest)
+def _l2_cross(slope: Array, level: Any, low: Any = -jnp.inf, high: Any = jnp.inf) -> Array:
+    rise, level, room = _rise(slope, level, low, high)
+    return _along(rise, level, room, jnp.abs(rise))
+
+
+l2 = Norm(2.0, _l2_measure, _l2_project, _l2_sample, _l2_steepest, _l2_cross)
 
 
 def _l1_measure(perturbation: Array) -> Scalar:
@@ -132,12 +187,37 @@ def _l1_steepest(gradient: Array) -> Array:
     return jnp.zeros_like(flat).at[place].set(jnp.sign(flat[place])).reshape(gradient.shape)
 
 
-l1 = Norm(_l1_measure, _l1_project, _l1_sample, _l1_steepest)
+def _l1_cross(slope: Array, level: Any, low: Any = -jnp.inf, high: Any = jnp.inf) -> Array:
+    """A knapsack: the steepest entries go all their way, the last one as far as still needed."""
+    rise, level, room = (jnp.ravel(part) for part in _rise(slope, level, low, high))
+    steep = jnp.abs(rise)
+    order = jnp.argsort(-steep)
+    steep, gains = steep[order], (steep * room)[order]
+    before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(gains)[:-1]])
+    moves = jnp.clip((level - before) / jnp.where(steep > 0, steep, 1.0), 0.0, room[order])
+    change = jnp.sign(rise) * jnp.zeros_like(rise).at[order].set(moves)
+    return change.reshape(slope.shape)
+
+
+l1 = Norm(1.0, _l1_measure, _l1_project, _l1_sample, _l1_steepest, _l1_cross)
 
 
 def steepest(norm: Norm) -> optax.GradientTransformation:
     """Turns a gradient into the step of size 1 in `norm` that climbs fastest, for `optax.chain`."""
     return optax.stateless(lambda updates, _: jax.tree.map(norm.steepest, updates))
+
+
+def expect(threat: Threat, who: str, *known: Norm) -> None:
+    """Raises a `UsageError` unless the threat's norm is one of those that `who` is defined for."""
+    if not any(threat.norm is norm for norm in known):
+        told = " or ".join(name_of(norm) for norm in known)
+        raise UsageError(f"norm={name_of(threat.norm)}: {who} expects {told}")
+
+
+def name_of(norm: Norm) -> str:
+    """`linf`, `l2`, `l1`, or by its order for another one."""
+    own = next((name for name in __all__ if globals()[name] is norm), None)
+    return f"l{norm.order:g}" if own is None else own
 
 
 def project(threat: Threat, image: Image, candidate: Image) -> Image:

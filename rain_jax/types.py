@@ -38,18 +38,22 @@ Estimator = Callable[
 ]
 """Makes `(key, image) -> ((value, aux), gradient)` of `(key, image) -> (value, aux)`.
 
-As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: the value, what comes
-with it and the gradient are means over the same draws.
+As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: value and what comes with
+it are means over draws at the image itself, and the gradient is of a mean, where it is not
+estimated from values around.
 """
 
 
 class Norm(NamedTuple):
     """A way to measure a perturbation [H, W, C], and the geometry that goes with it."""
 
+    order: float  # the p of the p-norm
     measure: Callable[[Array], Scalar]  # perturbation -> its size
     project: Callable[..., Array]  # perturbation, radius, low, high -> nearest within all three
     sample: Callable[[Key, tuple[int, ...], Scalar], Array]  # a random one within the radius
     steepest: Callable[[Array], Array]  # gradient -> the step of size 1 that climbs fastest
+    # slope, level, low, high -> the smallest one in [low, high] with <slope, it> = level
+    cross: Callable[..., Array]
 
 
 class Threat(NamedTuple):
@@ -67,12 +71,20 @@ class Iteration(NamedTuple):
     Calling it runs it whole, in one compiled loop, so it is an `Attack` like any other. The state
     is a NamedTuple of all that an image needs beside the model, so that stacked states are batches;
     its field `image` is the one that the next step looks at.
+
+    `best` gives the image to return and its score: positive where it breaks the model within the
+    threat, and the larger the better. At a fixed radius that is the margin; attacks that look for
+    the smallest perturbation score what they found by its nearness. Steps taken after an image is
+    broken may better the score and never worsen it.
     """
 
     init: Callable[[Key, LogitsFn, Image, Target], PyTree]
     step: Callable[[LogitsFn, PyTree], PyTree]
-    best: Callable[[LogitsFn, PyTree], tuple[Image, Scalar]]  # and its margin: positive = broken
+    best: Callable[[LogitsFn, PyTree], tuple[Image, Scalar]]
     steps: int
+    # Of a state: how often the model has been asked about this image until it broke. For attacks
+    # that see no gradients, where this is the price.
+    queries: Callable[[PyTree], Scalar] | None = None
 
     def __call__(self, key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:
         state = self.init(key, logits_fn, image, target)

@@ -78,3 +78,71 @@ def test_straight_through_under_vmap_and_jit():
     images = jnp.stack([IMAGE, 1 - IMAGE])
     gradient = jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(rounded(x) ** 2))))(images)
     np.testing.assert_allclose(gradient, 2 * jnp.round(images), rtol=1e-6)
+
+
+BOTH_WAYS = pytest.mark.parametrize("name", ["nes", "spsa"])
+
+
+@BOTH_WAYS
+def test_estimates_are_the_gradient_of_a_plane_within_their_sampling_error(name, key):
+    """One draw of direction x slope has variance |g|^2 +- g_i^2: plus for normal ones, minus signs.
+
+    So over many draws each error, in units of its standard deviation, is a standard normal number.
+    """
+    slope, draws = jax.random.normal(jax.random.key(1), IMAGE.shape), 20_000
+    estimate = jax.jit(getattr(gradients, name)(draws, 0.5)(lambda k, x: (jnp.sum(slope * x), 0.0)))
+    _, gradient = estimate(key, IMAGE)
+    square = jnp.sum(slope**2) + (slope**2 if name == "nes" else -(slope**2))
+    errors = (gradient - slope) / jnp.sqrt(square / draws)
+    assert float(jnp.max(jnp.abs(errors))) < 4
+    assert 0.3 < float(jnp.sqrt(jnp.mean(errors**2))) < 1.8  # 12 of them
+
+
+@BOTH_WAYS
+def test_what_bends_evenly_cancels(name, key):
+    """Both ways differ by the slope alone: a parabola's estimate is that of its tangent."""
+    estimator = getattr(gradients, name)(3, 0.1)
+    _, bent = estimator(lambda k, x: (jnp.sum(x**2), 0.0))(key, IMAGE)
+    _, flat = estimator(lambda k, x: (jnp.sum(2 * IMAGE * x), 0.0))(key, IMAGE)
+    np.testing.assert_allclose(bent, flat, rtol=1e-3, atol=1e-4)
+
+
+@BOTH_WAYS
+def test_value_and_aux_are_the_images_own(name, key):
+    def function(key, image):
+        return jnp.sum(jnp.sin(9 * image)), (image, jnp.max(image))
+
+    told, _ = getattr(gradients, name)(2, 0.5)(function)(key, IMAGE)
+    chex.assert_trees_all_equal(told, function(key, IMAGE))
+
+
+@BOTH_WAYS
+def test_every_query_has_a_key_of_its_own_which_no_direction_shares(name, key):
+    asked = []
+
+    def function(key, image):
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda *query: asked.append(query), data, image)
+        noise = jax.random.uniform(key)
+        return noise, noise
+
+    (value, aux), _ = getattr(gradients, name)(5, 0.1, answers=4)(function)(key, IMAGE)
+    jax.effects_barrier()
+    assert len(asked) == 2 * 5 + 4
+    assert len({tuple(np.asarray(data).tolist()) for data, _ in asked}) == 2 * 5 + 4
+    at_image = [data for data, image in asked if np.array_equal(image, IMAGE)]
+    assert len(at_image) == 4
+    draws = [jax.random.uniform(jax.random.wrap_key_data(jnp.asarray(data))) for data in at_image]
+    np.testing.assert_allclose(value, np.mean(draws), rtol=1e-6)
+    assert value == aux
+    sample = {"nes": jax.random.normal, "spsa": jax.random.rademacher}[name]
+    for data, image in asked:
+        own = sample(jax.random.wrap_key_data(jnp.asarray(data)), IMAGE.shape, jnp.float32)
+        assert float(jnp.max(jnp.abs(jnp.abs(image - IMAGE) - 0.1 * own))) > 1e-3
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("setting", ["draws", "scale", "answers"])
+def test_estimates_refuse_nothing_to_go_by(name, setting):
+    with pytest.raises(UsageError, match=f"{setting}=0"):
+        getattr(gradients, name)(**{setting: 0})

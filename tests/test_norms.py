@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linprog, minimize
 
 from rain_jax.norms import allowed, l1, l2, linf, project, random_start
 from rain_jax.types import Threat
@@ -127,3 +128,94 @@ def test_allowed_refuses_what_is_outside_or_not_a_number():
     assert not allowed(threat, image, image + 8.1 / 255)
     assert not allowed(threat, image, image.at[0, 0, 0].set(jnp.nan))
     assert not allowed(Threat(linf, 1.0), image, image + 0.6)
+
+
+def smallest(norm, slope, level, low, high):
+    """The size of the smallest change with <slope, change> = level, by SciPy."""
+    n = slope.size
+    if norm is l2:
+        start = np.clip(level * slope / np.sum(slope**2), low, high)
+        plane = {"type": "eq", "fun": lambda d: slope @ d - level, "jac": lambda d: slope}
+        found = minimize(
+            lambda d: d @ d, start, jac=lambda d: 2 * d, bounds=list(zip(low, high, strict=True)),
+            constraints=plane, method="SLSQP", options={"ftol": 1e-14, "maxiter": 500},
+        )  # fmt: skip
+        assert found.success
+        return np.sqrt(found.fun)
+    # The change and its absolute bounds: one for all entries in L-inf, one for each in L1.
+    bounds = np.ones((n, 1)) if norm is linf else np.eye(n)
+    found = linprog(
+        np.concatenate([np.zeros(n), np.ones(bounds.shape[1])]),
+        A_ub=np.block([[np.eye(n), -bounds], [-np.eye(n), -bounds]]), b_ub=np.zeros(2 * n),
+        A_eq=np.concatenate([slope, np.zeros(bounds.shape[1])])[None], b_eq=[level],
+        bounds=[*zip(low, high, strict=True), *[(0, None)] * bounds.shape[1]],
+    )  # fmt: skip
+    assert found.success
+    return found.fun
+
+
+@NORMS
+@pytest.mark.parametrize("share", [-0.9, -0.2, 0.05, 0.5, 0.99])
+def test_crossing_is_the_smallest_change_that_reaches_the_plane(norm, share):
+    """`share` of what the bounds allow; a point of the box itself may lie at its edge."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        slope = rng.normal(size=24)
+        low, high = -rng.uniform(size=24) * (rng.uniform(size=24) > 0.2), rng.uniform(size=24)
+        far = np.maximum(np.sign(share) * slope * low, np.sign(share) * slope * high)
+        level = share * float(np.sum(far))
+        single = [np.float32(part) for part in (slope, level, low, high)]
+        change = np.asarray(norm.cross(*single))
+        assert np.all((change >= single[2]) & (change <= single[3]))
+        np.testing.assert_allclose(slope @ change, level, rtol=1e-5, atol=1e-6)
+        expected = smallest(norm, slope, level, low, high)
+        np.testing.assert_allclose(norm.measure(change), expected, rtol=1e-4)
+
+
+@NORMS
+def test_crossing_goes_to_the_corner_where_the_plane_is_out_of_reach(norm, key):
+    slope = jax.random.normal(key, SHAPE).at[0, 0, 0].set(0.0)
+    change = norm.cross(slope, 1e3, -0.1, 0.2)
+    corner = jnp.where(slope > 0, 0.2, jnp.where(slope < 0, -0.1, 0.0))
+    np.testing.assert_array_equal(change, corner)
+    np.testing.assert_array_equal(norm.cross(-slope, -1e3, -0.1, 0.2), corner)
+
+
+@NORMS
+def test_crossing_without_bounds_is_a_steepest_step(norm, key):
+    slope = jax.random.normal(key, SHAPE)
+    step = norm.steepest(slope)
+    expected = 0.7 * step / jnp.vdot(slope, step)
+    np.testing.assert_allclose(norm.cross(slope, 0.7), expected, rtol=1e-5, atol=1e-7)
+
+
+@NORMS
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_crossing_does_not_depend_on_the_scale(norm, scale, key):
+    slope = jax.random.normal(key, SHAPE)
+    expected = norm.cross(slope, 2.0, -0.1, 0.1)
+    np.testing.assert_allclose(
+        norm.cross(scale * slope, 2.0 * scale, -0.1, 0.1), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+@NORMS
+def test_crossing_nothing_moves_nothing(norm):
+    zero = jnp.zeros(SHAPE)
+    np.testing.assert_array_equal(norm.cross(zero, 1.0, -0.1, 0.1), zero)
+    np.testing.assert_array_equal(norm.cross(zero + 1, 0.0, -0.1, 0.1), zero)
+
+
+@NORMS
+def test_crossing_is_exact_to_float32_and_the_same_in_a_batch(norm, key):
+    """Levels that take Newton's method from one step to many, on as many entries as CIFAR's."""
+    image = jax.random.uniform(key, (3072,))
+    slope = jax.random.normal(jax.random.fold_in(key, 1), (3072,))
+    whole = float(jnp.sum(jnp.where(slope > 0, slope * (1 - image), -slope * image)))
+    levels = whole * jnp.array([1e-3, 0.3, 0.9, 0.999])
+    cross = jax.jit(lambda level: norm.cross(slope, level, -image, 1 - image))
+    changes = jax.vmap(cross)(levels)
+    reached = np.asarray(changes, np.float64) @ np.asarray(slope, np.float64)
+    np.testing.assert_allclose(reached, levels, rtol=2e-6)
+    for level, change in zip(levels, changes, strict=True):
+        np.testing.assert_allclose(cross(level), change, atol=1e-4)
