@@ -5,7 +5,29 @@ Each maker takes a `Threat` and plain numbers, and returns an `Attack`: one imag
 """
 
 from rain_jax.attacks.apgd import apgd, apgd_t
+from rain_jax.attacks.deepfool import deepfool
+from rain_jax.attacks.fab import fab, fab_t
 from rain_jax.attacks.noise import noise
 from rain_jax.attacks.pgd import fgsm, mi_fgsm, pgd
+from rain_jax.attacks.rays import rays
+from rain_jax.attacks.spsa import nes, spsa
+from rain_jax.attacks.square import square
 
-__all__ = ["apgd", "apgd_t", "fgsm", "mi_fgsm", "noise", "pgd"]
+__all__ = [
+    "apgd",
+    "apgd_t",
+    "deepfool",
+    "fab",
+    "fab_t",
+    "fgsm",
+    "mi_fgsm",
+    "nes",
+    "noise",
+    "pgd",
+    "rays",
+    "spsa",
+    "square",
+]
+
+# Those that look for the nearest misclassified image, so that a radius of infinity makes sense.
+MINIMUM_NORM = ("carlini_wagner", "deepfool", "fab", "fab_t", "fmn", "rays")

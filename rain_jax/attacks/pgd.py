@@ -1,21 +1,24 @@
 """Projected gradient ascent: FGSM, PGD (BIM), MI-FGSM and whatever optax can climb with."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rain_jax.attacks.restarts import restarted
-from rain_jax.checks import one_of, pixel_distance, within
+from rain_jax.attacks.restarts import restarted, side_by_side
+from rain_jax.checks import UsageError, one_of, pixel_distance, within
 from rain_jax.gradients import exact
-from rain_jax.losses import cross_entropy, margin
-from rain_jax.norms import linf, project, random_start, steepest
+from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
+from rain_jax.norms import expect, linf, project, random_start, steepest
 from rain_jax.types import (
+    Array,
     Estimator,
     Image,
     Iteration,
     Key,
+    Logits,
     LogitsFn,
     Loss,
     PyTree,
@@ -24,13 +27,67 @@ from rain_jax.types import (
     Threat,
 )
 
+Aim = Callable[[Key, Logits, Target], Target]
+"""What a loss compares with, given the logits of the clean image and its label."""
+
+Start = Literal["uniform", "normal", "clean"]
+Climber = Literal["steepest", "adam"]
+Goal = Literal["untargeted", "likeliest", "least_likely", "random"]
+
+# The spread of the normal start, TRADES' own (arXiv:1901.08573).
+_NEARBY = 1e-3
+# Adam's guard against division by zero. At its usual 1e-8 the gradients of a confident model, which
+# are smaller still, would hardly move the image.
+_ADAM_GUARD = 1e-12
+
+
+def wrong_classes(logits: Logits, label: Target) -> Array:
+    """The classes other than `label`, [K - 1] int32, the likeliest first."""
+    others = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
+    return jnp.argsort(-others)[:-1].astype(jnp.int32)
+
+
+def rival(rank: Any) -> Aim:
+    """The label, and the wrong class of that rank on the clean image, 0 for the likeliest."""
+    return lambda key, logits, label: (label, wrong_classes(logits, label)[rank])
+
+
+_GOALS: dict[str, Aim] = {
+    "likeliest": lambda key, logits, label: wrong_classes(logits, label)[0],
+    "least_likely": lambda key, logits, label: wrong_classes(logits, label)[-1],
+    "random": lambda key, logits, label: jax.random.choice(key, wrong_classes(logits, label)),
+}
+
+
+def comparison(
+    loss: Loss, aim: Aim | None, estimate: Estimator
+) -> Callable[[Key, LogitsFn, Image, Target], Target]:
+    """What `loss` compares with throughout: what `aim` says, or else the label.
+
+    KL compares with the clean image's own logits. Those of a random model are means over the
+    estimator's draws.
+    """
+    if aim is None and loss is kl:
+        aim = lambda key, logits, label: logits
+    if aim is None:
+        return lambda key, logits_fn, image, label: label
+
+    def against(key: Key, logits_fn: LogitsFn, image: Image, label: Target) -> Target:
+        model_key, aim_key = jax.random.split(key)
+        silent = estimate(lambda key, image: (jnp.float32(0.0), logits_fn(key, image)))
+        (_, logits), _ = silent(model_key, image)
+        return aim(aim_key, logits, label)
+
+    return against
+
 
 class Ascent(NamedTuple):
     """Where one image's ascent stands."""
 
     key: Key  # for the model's randomness, one fold for each step
     clean: Image
-    target: Target
+    target: Target  # the label, which the margin is of
+    against: Target  # what the loss compares with
     image: Image
     climb: PyTree  # the optimiser's state
     done: Scalar  # int32, steps
@@ -44,39 +101,52 @@ def ascent(
     *,
     steps: int,
     loss: Loss = cross_entropy,
+    aim: Aim | None = None,
     estimator: Estimator | None = None,
-    start: Literal["uniform", "clean"] = "uniform",
+    start: Start = "uniform",
     keep: Literal["best", "last"] = "best",
 ) -> Iteration:
     """Climbs `loss` by `climb`, back into the threat after each step (Madry, arXiv:1706.06083).
 
     `climb` turns gradients into steps *upwards*: `optax.chain(steepest(linf), optax.scale(0.01))`.
-    `keep="best"` returns the image of the largest margin met, by the estimator's own mean over
-    draws for random models; `keep="last"` the last one, as adversarial training wants it, and
-    costs one forward pass less.
+    `aim` says what the loss compares with where that is not the label; `loss=kl` compares with the
+    prediction on the clean image, as TRADES does. `start="normal"` is a thousandth of normal noise.
+    `keep="best"` returns the image of the largest margin met, for random models that of the mean
+    logits over the estimator's draws, as the judge has it; `keep="last"` the last one, as
+    adversarial training wants it, and costs one forward pass less.
     """
     within("steps", steps, 1)
-    one_of("start", start, ("uniform", "clean"))
+    one_of("start", start, ("uniform", "normal", "clean"))
     one_of("keep", keep, ("best", "last"))
+    if loss is kl and start == "clean":
+        raise UsageError("start='clean': expected uniform or normal: KL has no gradient there")
     estimate = exact() if estimator is None else estimator
+    compared = comparison(loss, aim, estimate)
 
-    def judged(logits_fn: LogitsFn, target: Target) -> Any:
-        def value(key: Key, image: Image) -> tuple[Scalar, Scalar]:
+    def judged(logits_fn: LogitsFn, against: Target) -> Any:
+        def value(key: Key, image: Image) -> tuple[Scalar, Logits]:
             logits = logits_fn(key, image)
-            return loss(logits, target), margin(logits, target)
+            return loss(logits, against), logits
 
         return estimate(value)
 
+    def first(key: Key, image: Image) -> Image:
+        if start == "normal":
+            near = image + _NEARBY * jax.random.normal(key, image.shape)
+            return project(threat, image, near)
+        return image if start == "clean" else random_start(threat, key, image)
+
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Ascent:
-        # A random model and a random start must not share their draws.
-        start_key, model_key = jax.random.split(key)
-        first = image if start == "clean" else random_start(threat, start_key, image)
+        # A random model, a random start and a random aim must not share their draws.
+        start_key, model_key, aim_key = jax.random.split(key, 3)
+        begin = first(start_key, image)
         return Ascent(
-            model_key, image, target, first, climb.init(image),
-            jnp.int32(0), first, jnp.float32(-jnp.inf),
+            model_key, image, target, compared(aim_key, logits_fn, image, target), begin,
+            climb.init(image), jnp.int32(0), begin, jnp.float32(-jnp.inf),
         )  # fmt: skip
 
-    def judge(state: Ascent, score: Scalar) -> Ascent:
+    def judge(state: Ascent, logits: Logits) -> Ascent:
+        score = margin(logits, state.target)
         better = score > state.score
         return state._replace(
             found=jnp.where(better, state.image, state.found),
@@ -85,19 +155,19 @@ def ascent(
 
     def step(logits_fn: LogitsFn, state: Ascent) -> Ascent:
         key = jax.random.fold_in(state.key, state.done)
-        (_, score), gradient = judged(logits_fn, state.target)(key, state.image)
+        (_, logits), gradient = judged(logits_fn, state.against)(key, state.image)
         if keep == "best":
-            state = judge(state, score)
+            state = judge(state, logits)
         change, climbed = climb.update(gradient, state.climb, state.image)
         moved = project(threat, state.clean, state.image + change)
         return state._replace(image=moved, climb=climbed, done=state.done + 1)
 
     def best(logits_fn: LogitsFn, state: Ascent) -> tuple[Image, Scalar]:
         key = jax.random.fold_in(state.key, state.done)
-        (_, score), _ = judged(logits_fn, state.target)(key, state.image)
+        (_, logits), _ = judged(logits_fn, state.against)(key, state.image)
         if keep == "last":
-            return state.image, score
-        state = judge(state, score)
+            return state.image, margin(logits, state.target)
+        state = judge(state, logits)
         return state.found, state.score
 
     return Iteration(init, step, best, steps)
@@ -110,6 +180,21 @@ def _step(threat: Threat, size: Any) -> Any:
     return within("step_size", size, above=0.0)
 
 
+def _climb(
+    threat: Threat, steps: int, step_size: float | None, climber: Climber
+) -> optax.GradientTransformation:
+    """Steps of one size; by default they add up to two and a half radii and can cross the ball."""
+    within("steps", steps, 1)
+    one_of("climber", climber, ("steepest", "adam"))
+    size = 2.5 * threat.radius / steps if step_size is None else _step(threat, step_size)
+    if climber == "steepest":
+        return optax.chain(steepest(threat.norm), optax.scale(size))
+    # Adam rescales each pixel by itself. Only a ball whose sides lie along the pixels lets such an
+    # ascent come to rest where the loss is largest; on a plane in L2 it would end well short.
+    expect(threat, "climber='adam'", linf)
+    return optax.chain(optax.scale_by_adam(eps=_ADAM_GUARD), optax.scale(size))
+
+
 def pgd(
     threat: Threat,
     *,
@@ -117,8 +202,10 @@ def pgd(
     step_size: float | None = None,
     restarts: int = 1,
     loss: Loss = cross_entropy,
+    goal: Goal = "untargeted",
+    climber: Climber = "steepest",
     estimator: Estimator | None = None,
-    start: Literal["uniform", "clean"] = "uniform",
+    start: Start = "uniform",
     keep: Literal["best", "last"] = "best",
 ) -> Iteration:
     """Projected gradient descent by steepest steps (Madry et al., arXiv:1706.06083).
@@ -126,13 +213,58 @@ def pgd(
     `step_size` is in pixel values of [0, 1], measured in the threat's norm; by default
     2.5 x radius / steps, which lets the attack cross the ball. `start="clean"` makes it BIM.
     With `restarts` the image of the largest margin over all runs is returned.
+
+    `loss=kl` moves away from the prediction on the clean image, whatever its label (TRADES,
+    arXiv:1901.08573). With a `goal` the loss descends towards one wrong class, chosen by the clean
+    image's logits or at random; the answer is still the image of the largest margin.
+    `climber="adam"` steps by Adam (arXiv:1412.6980), no pixel further than about `step_size` in one
+    step, in L-inf only.
     """
-    within("steps", steps, 1)
-    size = 2.5 * threat.radius / steps if step_size is None else _step(threat, step_size)
-    climb = optax.chain(steepest(threat.norm), optax.scale(size))
+    one_of("goal", goal, ("untargeted", *_GOALS))
     attack = ascent(
-        threat, climb, steps=steps, loss=loss, estimator=estimator, start=start, keep=keep
+        threat,
+        _climb(threat, steps, step_size, climber),
+        steps=steps,
+        loss=loss if goal == "untargeted" else targeted(loss),
+        aim=_GOALS.get(goal),
+        estimator=estimator,
+        start=start,
+        keep=keep,
     )
+    return restarted(attack, restarts)
+
+
+def multi_targeted(
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    targets: int = 9,
+    restarts: int = 1,
+    climber: Climber = "steepest",
+    estimator: Estimator | None = None,
+) -> Iteration:
+    """MultiTargeted PGD (Gowal et al., arXiv:1910.09338): one ascent for each likely wrong class.
+
+    Each climbs the difference between that class's logit and the label's, which on a linear model
+    no other loss betters. The `targets` likeliest wrong classes of the clean image, or all of them
+    where there are fewer, go side by side, and so do `restarts` of each; the answer has the largest
+    margin. `step_size` and `climber` are those of `pgd`.
+    """
+    within("targets", targets, 1)
+    climb = _climb(threat, steps, step_size, climber)
+
+    def towards(rank: Any) -> Iteration:
+        return ascent(
+            threat,
+            climb,
+            steps=steps,
+            loss=lambda logits, pair: lead(logits, *pair),
+            aim=rival(rank),
+            estimator=estimator,
+        )
+
+    attack = side_by_side(towards, lambda classes: min(targets, classes - 1), steps)
     return restarted(attack, restarts)
 
 
@@ -141,7 +273,7 @@ def fgsm(
     *,
     loss: Loss = cross_entropy,
     estimator: Estimator | None = None,
-    start: Literal["uniform", "clean"] = "clean",
+    start: Start = "clean",
     step_size: float | None = None,
 ) -> Iteration:
     """One steepest step over the whole radius (Goodfellow et al., arXiv:1412.6572).
@@ -162,7 +294,7 @@ def mi_fgsm(
     restarts: int = 1,
     loss: Loss = cross_entropy,
     estimator: Estimator | None = None,
-    start: Literal["uniform", "clean"] = "clean",
+    start: Start = "clean",
 ) -> Iteration:
     """PGD with momentum over gradients of unit L1 norm (Dong et al., arXiv:1710.06081)."""
     within("steps", steps, 1)

@@ -1,12 +1,12 @@
-"""Several runs of an attack side by side; the one that got furthest is the answer."""
+"""Several runs, or several attacks, side by side; the one that got furthest is the answer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import within
+from rain_jax.checks import UsageError, within
 from rain_jax.types import Image, Iteration, Key, LogitsFn, PyTree, Scalar, Target
 
 
@@ -38,7 +38,11 @@ def side_by_side(
         place = jnp.argmax(scores)
         return images[place], scores[place]
 
-    return Iteration(init, step, best, steps)
+    def queries(states: PyTree) -> Scalar:
+        return jnp.sum(over(states, lambda attack, state: attack.queries(state)))  # type: ignore[misc]
+
+    counted = run(0).queries is not None
+    return Iteration(init, step, best, steps, queries if counted else None)
 
 
 def restarted(attack: Iteration, restarts: int) -> Iteration:
@@ -47,3 +51,39 @@ def restarted(attack: Iteration, restarts: int) -> Iteration:
     if restarts == 1:
         return attack
     return side_by_side(lambda number: attack, restarts, attack.steps)
+
+
+class Together(NamedTuple):
+    """The states of several attacks on one image."""
+
+    image: Image
+    parts: tuple[PyTree, ...]
+
+
+def together(*attacks: Iteration) -> Iteration:
+    """Different attacks in step, each from a key of its own. Raises `UsageError` for unequal steps.
+
+    The answer has the largest score: for random models the worst mean over draws that any of them
+    has met.
+    """
+    if len({attack.steps for attack in attacks}) != 1:
+        raise UsageError(f"steps={[a.steps for a in attacks]}: expected as many for each attack")
+
+    def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Together:
+        keys = jax.random.split(key, len(attacks))
+        return Together(
+            image,
+            tuple(a.init(keys[i], logits_fn, image, target) for i, a in enumerate(attacks)),
+        )
+
+    def step(logits_fn: LogitsFn, state: Together) -> Together:
+        pairs = zip(attacks, state.parts, strict=True)
+        return state._replace(parts=tuple(a.step(logits_fn, part) for a, part in pairs))
+
+    def best(logits_fn: LogitsFn, state: Together) -> tuple[Image, Scalar]:
+        pairs = zip(attacks, state.parts, strict=True)
+        images, scores = zip(*(a.best(logits_fn, part) for a, part in pairs), strict=True)
+        place = jnp.argmax(jnp.stack(scores))
+        return jnp.stack(images)[place], jnp.stack(scores)[place]
+
+    return Iteration(init, step, best, attacks[0].steps)

@@ -14,12 +14,20 @@ from rain_jax.types import Threat
 SMALL = {
     "apgd": lambda threat: attacks.apgd(threat, steps=5),
     "apgd_t": lambda threat: attacks.apgd_t(threat, steps=4),
+    "deepfool": lambda threat: attacks.deepfool(threat, steps=3),
+    "fab": lambda threat: attacks.fab(threat, steps=3, restarts=2),
+    "fab_t": lambda threat: attacks.fab_t(threat, steps=3),
     "fgsm": lambda threat: attacks.fgsm(threat),
     "mi_fgsm": lambda threat: attacks.mi_fgsm(threat, steps=3),
+    "nes": lambda threat: attacks.nes(threat, steps=3, draws=4),
     "noise": lambda threat: attacks.noise(threat),
     "pgd": lambda threat: attacks.pgd(threat, steps=4, restarts=2),
+    "rays": lambda threat: attacks.rays(threat, queries=40),
+    "spsa": lambda threat: attacks.spsa(threat, steps=3, draws=4),
+    "square": lambda threat: attacks.square(threat, queries=20),
 }
-WITHOUT_L1 = ("apgd", "apgd_t")
+# The norms that an attack is defined for, where those are not all three.
+NORMS_OF = {"apgd": (linf, l2), "apgd_t": (linf, l2), "rays": (linf,), "square": (linf, l2)}
 ALL = pytest.mark.parametrize("name", attacks.__all__)
 NORMS = pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
 RADIUS = {id(linf): 0.1, id(l2): 0.5, id(l1): 2.0}
@@ -54,8 +62,8 @@ def test_every_attack_is_listed():
 @ALL
 @NORMS
 def test_stays_in_the_threat(name, norm):
-    if norm is l1 and name in WITHOUT_L1:
-        with pytest.raises(UsageError, match="linf or l2"):
+    if norm not in NORMS_OF.get(name, (linf, l2, l1)):
+        with pytest.raises(UsageError, match=r"norm=.*expects"):
             SMALL[name](Threat(norm, 1.0))
         return
     threat = Threat(norm, RADIUS[id(norm)])
@@ -91,13 +99,13 @@ def test_an_image_does_not_feel_its_neighbours(name):
 
 @ALL
 def test_same_key_same_bits(name):
-    attack = SMALL[name](Threat(l2, 0.5))
+    attack = SMALL[name](Threat(NORMS_OF.get(name, (l2,))[-1], 0.5))
     np.testing.assert_array_equal(run(attack, 7), run(attack, 7))
 
 
 @ALL
 def test_other_keys_other_starts(name):
-    if name in ("fgsm", "mi_fgsm"):
+    if name in ("deepfool", "fab", "fab_t", "fgsm", "mi_fgsm", "rays"):
         pytest.skip("starts at the image itself by default")
     attack = SMALL[name](Threat(linf, 0.1))
     one, other = (attack(k, logits_fn, IMAGES[0], 0) for k in KEYS[:2])
@@ -130,4 +138,5 @@ def test_a_model_without_gradients_yields_finite_images(name):
     def flat(key, image):
         return jnp.array([1.0, 0.0, 0.0])
 
-    assert bool(jnp.all(jnp.isfinite(run(SMALL[name](Threat(l2, 0.5)), 7, model=flat))))
+    threat = Threat(NORMS_OF.get(name, (l2,))[-1], 0.5)
+    assert bool(jnp.all(jnp.isfinite(run(SMALL[name](threat), 7, model=flat))))
