@@ -27,6 +27,17 @@ def image_keys(key: Key, index: Array) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
+def rows_of_process(tree: PyTree) -> PyTree:
+    """This process's share of global rows [B, ...] of NumPy arrays."""
+    count, place = jax.process_count(), jax.process_index()
+
+    def share(leaf: np.ndarray) -> np.ndarray:
+        rows = len(leaf) // count
+        return leaf[place * rows : (place + 1) * rows]
+
+    return jax.tree.map(share, tree)
+
+
 def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
     """The sum over `axis_name`, or the tree itself where there is none."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -45,6 +56,7 @@ class Devices(NamedTuple):
     map: Callable[..., Callable[..., Any]]
     replicate: Callable[[PyTree], PyTree]
     split: Callable[[PyTree], PyTree]
+    again: Callable[[PyTree], PyTree]  # split results as split inputs of the next program
     gather: Callable[[PyTree], PyTree]  # per-image results of all processes, as NumPy [B, ...]
     to_global: Callable[[PyTree], PyTree]  # replicated results as arrays that orbax can save
     to_local: Callable[[PyTree], PyTree]  # and back to what `map` takes
@@ -121,7 +133,9 @@ def _shard_map(mesh: Mesh) -> Devices:
             lambda leaf: jax.make_array_from_process_local_data(along, np.asarray(leaf)), tree
         )
 
-    return Devices(mesh.size, mesh, over, replicate, split, _gather, _unchanged, _unchanged)
+    return Devices(
+        mesh.size, mesh, over, replicate, split, _unchanged, _gather, _unchanged, _unchanged
+    )
 
 
 def _pmap(mesh: Mesh) -> Devices:
@@ -177,7 +191,7 @@ def _pmap(mesh: Mesh) -> Devices:
         # there are several processes (seen in JAX 0.10).
         return jax.device_put(tree, NamedSharding(mesh.local_mesh, PartitionSpec()))
 
-    return Devices(mesh.size, mesh, over, replicate, split, _gather, to_global, to_local)
+    return Devices(mesh.size, mesh, over, replicate, split, split, _gather, to_global, to_local)
 
 
 def _unchanged(tree: PyTree) -> PyTree:

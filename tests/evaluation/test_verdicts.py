@@ -13,7 +13,8 @@ import scipy.stats
 from experiments import build, evaluate
 from rain_jax import attacks, data, evaluation, methods, models, optimisers, training
 from rain_jax.checks import UsageError
-from rain_jax.norms import linf
+from rain_jax.evaluation import Rules, verdicts
+from rain_jax.norms import l1, l2, linf, random_start
 from rain_jax.parallel import choose_devices, place, round_up
 from rain_jax.types import Batch, Threat
 
@@ -58,7 +59,7 @@ def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None
     attack = attacks.pgd(THREAT, steps=4, restarts=2) if attack is None else attack
     devices = place(mapping, choose_devices(count))
     programs = evaluation.evaluator(
-        evaluate.logits_fn_of(NETWORK), THREAT, {"pgd": attack}, devices
+        evaluate.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     batches = data.evaluation_batches(source, round_up(size, count))
     results = evaluation.run(
@@ -105,7 +106,7 @@ def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference
     devices = place("shard_map", choose_devices(1))
     attack = attacks.pgd(THREAT, steps=4, restarts=2)
     programs = evaluation.evaluator(
-        evaluate.logits_fn_of(NETWORK), THREAT, {"pgd": attack}, devices
+        evaluate.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     placed = devices.replicate(variables)
     ((found, _),) = evaluation.run(programs.attacks["pgd"], devices, placed, ROOT, [batch])
@@ -124,8 +125,8 @@ BLANK = jnp.full((8, 8, 1), 0.5)
 
 
 def verdict(logits_fn, candidate=BLANK, label=0, draws=1, key=ROOT):
-    right, margin, prediction, allowed, distance = evaluation.judge(
-        logits_fn, THREAT, key, BLANK, candidate, label, draws=draws
+    (right, _, margin, prediction, allowed, distance), _ = evaluation.judge(
+        logits_fn, Rules(THREAT, draws), key, BLANK, candidate, label
     )
     return dict(right=bool(right), margin=float(margin), prediction=int(prediction),
                 allowed=bool(allowed), distance=float(distance))  # fmt: skip
@@ -135,9 +136,8 @@ def judgement(right, allowed=True, index=None):
     right = np.asarray(right)
     index = np.arange(len(right)) if index is None else np.asarray(index)
     zeros = np.zeros(len(right))
-    return evaluation.Judgement(
-        index, zeros, right, zeros, zeros, np.broadcast_to(allowed, right.shape), zeros
-    )
+    kept = np.broadcast_to(allowed, right.shape)
+    return evaluation.Judgement(index, zeros, right, right, zeros, zeros, kept, zeros)
 
 
 @pytest.mark.parametrize("label", range(4))
@@ -180,6 +180,60 @@ def moody(key, image):
     return jnp.where(jax.random.uniform(key) < 0.75, jnp.array([1.0, 0]), jnp.array([-11.0, 0]))
 
 
+def test_the_share_of_single_draws_is_told_beside_the_verdict():
+    (right, share, *_), _ = evaluation.judge(moody, Rules(THREAT, 400), ROOT, BLANK, BLANK, 0)
+    assert not right
+    np.testing.assert_allclose(share, 0.75, atol=0.07)
+
+
+@pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
+def test_eight_bits_keep_to_the_threat_and_are_eight_bits(norm, key):
+    radius = {id(linf): 8 / 255, id(l2): 0.3, id(l1): 2.0}[id(norm)]
+    threat = Threat(norm, radius)
+    clean = jnp.round(jax.random.uniform(key, (32, 6, 6, 3)) * 255) / 255
+    keys = jax.random.split(key, 32)
+    found = jax.vmap(lambda k, x: random_start(threat, k, x))(keys, clean)
+    images = np.asarray(jax.vmap(lambda x, z: verdicts.rounded(threat, x, z))(clean, found))
+    np.testing.assert_allclose(images * 255, np.round(images * 255), atol=1e-4)
+    keeps, _ = verdicts.kept_in_float64(threat, np.asarray(clean), images)
+    assert np.all(keeps)
+    # The nearest level wherever that is allowed: nothing is given away.
+    assert np.max(np.abs(images - np.asarray(found))) <= 1.001 / 255
+    corners = jnp.clip(clean + 8 / 255, 0, 1)
+    kept = jax.vmap(lambda x, z: verdicts.rounded(Threat(linf, 8 / 255), x, z))(clean, corners)
+    np.testing.assert_allclose(kept, corners, atol=1e-6)
+
+
+def test_rounding_happens_before_the_verdict():
+    """A model that is wrong only between the levels is right once images are saved."""
+
+    def logits_fn(key, image):
+        off = jnp.max(jnp.abs(image * 255 - jnp.round(image * 255)))
+        return jnp.where(off > 0.1, jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0]))
+
+    clean, between = jnp.full((4, 4, 1), 100 / 255), jnp.full((4, 4, 1), 100.3 / 255)
+    for eight_bit in (False, True):
+        rules = Rules(THREAT, eight_bit=eight_bit)
+        (right, *_), image = evaluation.judge(logits_fn, rules, ROOT, clean, between, 0)
+        assert bool(right) == eight_bit
+        np.testing.assert_allclose(image, clean if eight_bit else between, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", [np.inf, 2, 1])
+def test_distances_are_checked_in_float64(order):
+    norm = {np.inf: linf, 2: l2, 1: l1}[order]
+    change = np.zeros((3, 4, 4, 2), np.float32)
+    change[:, 1, 2, 0] = [0.1, 0.1001, np.nan]
+    clean = np.full((3, 4, 4, 2), 0.5, np.float32)
+    keeps, distance = verdicts.kept_in_float64(Threat(norm, 0.1), clean, clean + change)
+    np.testing.assert_array_equal(keeps, [True, False, False])
+    np.testing.assert_allclose(distance[:2], [0.1, 0.1001], rtol=1e-6)
+    keeps, _ = verdicts.kept_in_float64(Threat(norm, np.inf), clean, clean + 5.1 * change)
+    np.testing.assert_array_equal(keeps, [False, False, False])  # 0.5 + 0.51 is no pixel
+    keeps, _ = verdicts.kept_in_float64(Threat(norm, np.inf), clean, clean - 3 * change)
+    np.testing.assert_array_equal(keeps, [True, True, False])
+
+
 def test_random_models_are_judged_by_the_mean_of_their_draws():
     single = [verdict(moody, key=jax.random.key(seed))["right"] for seed in range(20)]
     assert any(single)
@@ -210,10 +264,12 @@ def test_the_judge_draws_keys_that_the_attack_does_not_know():
     key = jax.random.key(7)
     spied = attack(key, logits_fn, BLANK, 0)
     wide = Threat(linf, 1.0)
-    assert not evaluation.judge(logits_fn, wide, key, BLANK, spied, 0)[0], "the trap works"
+    assert not evaluation.judge(logits_fn, Rules(wide), key, BLANK, spied, 0)[0][0], (
+        "the trap works"
+    )
 
     devices = place("shard_map")
-    programs = evaluation.evaluator(lambda _: logits_fn, wide, {"spy": attack}, devices)
+    programs = evaluation.evaluator(lambda _: logits_fn, Rules(wide), {"spy": attack}, devices)
     batch = Batch(
         np.tile(BLANK, (16, 1, 1, 1)), np.zeros(16, np.int32), np.arange(16, dtype=np.int32),
         np.ones(16, bool),
@@ -233,7 +289,29 @@ def test_the_worst_case_is_the_and_over_attacks():
     np.testing.assert_array_equal(clean.right, [True, True, True, False])  # not written over
     np.testing.assert_array_equal(evaluation.worst_case(clean, []), clean.right)
     with pytest.raises(UsageError, match="different images"):
-        evaluation.worst_case(clean, [judgement([True] * 4, index=[0, 1, 3, 2])])
+        evaluation.worst_case(clean, [judgement([True] * 4, index=[0, 1, 3, 7])])
+
+
+def test_an_attack_has_no_say_about_images_it_was_spared():
+    clean = judgement([True, True, True, False])
+    part = judgement([False, True], index=[2, 0])
+    np.testing.assert_array_equal(evaluation.worst_case(clean, [part]), [True, True, False, False])
+    np.testing.assert_array_equal(evaluation.worst_case(clean, [evaluation.nobody()]), clean.right)
+
+
+def test_judgements_are_joined_in_the_order_of_the_data_set():
+    joined = evaluation.join([judgement([True, False], index=[5, 0]), judgement([True], index=[3])])
+    np.testing.assert_array_equal(joined.index, [0, 3, 5])
+    np.testing.assert_array_equal(joined.right, [False, True, True])
+
+
+def test_a_curve_counts_who_is_further_than_the_radius():
+    clean = judgement([True, True, True, True, False])
+    distance = np.array([0.1, 0.4, 0.2, 9.0])
+    # Of the last one nothing was found: it stands at every radius.
+    nearest = judgement([False, False, False, True], index=[0, 1, 2, 3])._replace(distance=distance)
+    found = evaluation.curve(clean, nearest, [0.0, 0.1, 0.15, 0.3, 0.5, 100.0])
+    np.testing.assert_allclose(found, [0.8, 0.6, 0.6, 0.4, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""Packing changes what an attack costs, and nothing else."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax import attacks, evaluation
+from rain_jax.evaluation import Rules, packing
+from rain_jax.norms import linf
+from rain_jax.parallel import choose_devices, place
+from rain_jax.types import Batch, Iteration, Threat
+
+THREAT = Threat(linf, 0.02)
+COUNT = 83
+WEIGHTS = np.asarray(jax.random.normal(jax.random.key(2), (2, 60, 3)))
+ROOT = jax.random.key(5)
+SHAPE = (6, 5, 2)
+
+
+def logits_fn_of(variables):
+    """Three curved classes; sums written out, so that batch sizes round alike."""
+
+    def logits_fn(key, image):
+        flat = image.reshape(-1, 1)
+        bent = jnp.tanh(jnp.sum(flat * variables[0], axis=0))
+        return 2 * bent + jnp.sum(flat**2 * variables[1], axis=0)
+
+    return logits_fn
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, *SHAPE)).astype(np.uint8)
+LABELS = np.array([np.argmax(logits_fn_of(WEIGHTS)(ROOT, x / 255)) for x in IMAGES], np.int32)
+THIRDS = np.arange(COUNT, dtype=np.int32) % 3
+
+
+def batches(size=20, skip=(), labels=LABELS):
+    """Images of 8 bits, some of them not valid, in batches that fit no shape below."""
+    for start in range(0, COUNT, size):
+        index = np.arange(start, min(start + size, COUNT)).astype(np.int32)
+        yield Batch(IMAGES[index], labels[index], index, ~np.isin(index, skip))
+
+
+def drive(attack, *, batch_size, devices=1, mapping="shard_map", early=True, **given):
+    on = place(mapping, choose_devices(devices))
+    run = evaluation.packed(attack, logits_fn_of, on, batch_size=batch_size, early=early)
+    rules = Rules(THREAT)
+    judge = evaluation.judging(logits_fn_of, rules, on, batch_size=32)
+    variables = on.replicate(WEIGHTS)
+    verdicts = list(judge(variables, ROOT, run(variables, ROOT, batches(**given))))
+    joined = evaluation.join([v.judgement for v in verdicts])
+    order = np.argsort(np.concatenate([v.judgement.index for v in verdicts]))
+    rest = [np.concatenate([getattr(v, name) for v in verdicts])[order]
+            for name in ("image", "steps", "queries")]  # fmt: skip
+    return joined, *rest
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Every image through the whole attack by itself, one after the other."""
+    attack = attacks.apgd(THREAT, steps=12)
+    model = logits_fn_of(WEIGHTS)
+
+    @jax.jit
+    def one(key, image, label):
+        attack_key, judge_key = jax.random.split(key)
+        found = attack(attack_key, model, image, label)
+        return evaluation.judge(model, Rules(THREAT), judge_key, image, found, label)
+
+    results = []
+    for batch in batches():
+        for image, label, index, _ in zip(*batch, strict=True):
+            key = jax.random.fold_in(ROOT, index)
+            results.append(one(key, jnp.float32(image * np.float32(1 / 255)), label))
+    right = np.array([bool(seen[0]) for seen, _ in results])
+    assert 10 < np.sum(right) < COUNT - 10
+    return right, np.array([image for _, image in results])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "mapping"),
+    [(7, 1, "shard_map"), (32, 1, "shard_map"), (256, 1, "shard_map"), (32, 8, "shard_map"),
+     (128, 4, "shard_map"), (32, 2, "pmap")],
+)  # fmt: skip
+def test_verdicts_are_those_of_each_image_alone(batch_size, devices, mapping, alone):
+    attack = attacks.apgd(THREAT, steps=12)
+    found, images, steps, _ = drive(attack, batch_size=batch_size, devices=devices, mapping=mapping)
+    right, alone_images = alone
+    np.testing.assert_array_equal(found.index, np.arange(COUNT))
+    np.testing.assert_array_equal(found.right, right)
+    # Who stood had every step, so its image is the same; who fell left early.
+    np.testing.assert_allclose(images[right], alone_images[right], atol=1e-6)
+    assert np.all(steps[right] == 12)
+    assert np.mean(steps[~right]) < 12
+    assert np.all(found.allowed)
+
+
+def test_without_leaving_early_images_are_the_same_too(alone):
+    found, images, steps, _ = drive(attacks.apgd(THREAT, steps=12), batch_size=32, early=False)
+    np.testing.assert_array_equal(found.right, alone[0])
+    # Another program rounds otherwise here and there, and a sign may turn.
+    assert np.mean(np.abs(images - alone[1]) > 1e-6) < 1e-3
+    assert np.all(steps == 12)
+
+
+def test_only_valid_images_are_attacked():
+    skip = [0, 3, 19, 20, 21, 82]
+    found, *_ = drive(attacks.fgsm(THREAT), batch_size=16, skip=skip)
+    np.testing.assert_array_equal(found.index, np.setdiff1d(np.arange(COUNT), skip))
+
+
+def test_no_images_are_no_work():
+    on = place("shard_map", choose_devices(1))
+    run = evaluation.packed(attacks.fgsm(THREAT), logits_fn_of, on, batch_size=8)
+    assert list(run(WEIGHTS, ROOT, [])) == []
+    assert list(run(WEIGHTS, ROOT, batches(skip=range(COUNT)))) == []
+
+
+def test_attacks_that_have_no_steps_run_at_once():
+    found, images, steps, queries = drive(attacks.noise(THREAT), batch_size=16)
+    assert np.all(steps == 0)
+    assert np.all(queries == -1)
+    assert np.all(found.allowed)
+    assert np.all(np.max(np.abs(images - np.round(images * 255) / 255), axis=(1, 2, 3)) > 0)
+
+
+class Counted(NamedTuple):
+    image: Any
+    done: Any
+    target: Any
+
+
+def counting(steps, breaks_at):
+    """Breaks an image after `breaks_at(label)` steps; its pixels count the steps it was given."""
+
+    def init(key, logits_fn, image, target):
+        return Counted(jnp.zeros_like(image), jnp.int32(0), target)
+
+    def step(logits_fn, state):
+        return state._replace(image=state.image + 0.01, done=state.done + 1)
+
+    def best(logits_fn, state):
+        return state.image, jnp.where(state.done >= breaks_at(state.target), 1.0, -1.0)
+
+    return Iteration(init, step, best, steps, lambda state: 2 * state.done)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 37, 100])
+def test_nobody_takes_more_steps_than_there_are(steps):
+    attack = counting(steps, lambda label: jnp.where(label == 0, 5, 10**6))
+    _, images, taken, queries = drive(attack, batch_size=8, labels=THIRDS)
+    label = THIRDS
+    chunk = max(1, steps // 20)
+    assert np.all(taken[label != 0] == steps)
+    assert np.all(taken[label == 0] <= min(steps, 5 + chunk - 1))
+    np.testing.assert_allclose(images[:, 0, 0, 0], 0.01 * taken, rtol=1e-4)
+    np.testing.assert_array_equal(queries, 2 * taken)
+
+
+def test_broken_images_make_room(monkeypatch):
+    """Two of three break at once: the work done is that of the third, and little more."""
+    work = []
+    compile_ = packing._compile
+
+    def spying(*arguments):
+        programs = compile_(*arguments)
+
+        def advance(variables, states, length):
+            work.append(len(jax.tree.leaves(states)[0]) * int(length))
+            return programs.advance(variables, states, length)
+
+        return programs._replace(advance=advance)
+
+    monkeypatch.setattr(packing, "_compile", spying)
+    attack = counting(100, lambda label: jnp.where(label < 2, 1, 10**6))
+    drive(attack, batch_size=32, labels=THIRDS)
+    hard = np.sum(THIRDS == 2) * 100
+    assert sum(work) < 1.5 * hard < 0.6 * COUNT * 100
+
+
+def test_nothing_recompiles_for_other_variables_images_or_numbers():
+    on = place("shard_map", choose_devices(1))
+    traces = []
+
+    def spied(variables):
+        traces.append(1)
+        return logits_fn_of(variables)
+
+    run = evaluation.packed(attacks.apgd(THREAT, steps=12), spied, on, batch_size=32)
+    patterns = [(), range(40), range(0, COUNT, 2), range(5), range(1, COUNT)]
+
+    def all_of_them(variables, key):
+        for skip in patterns:
+            for _ in run(variables, key, batches(skip=skip)):
+                pass
+
+    all_of_them(WEIGHTS, ROOT)
+    # Three shapes to step, at most as many to fill, and one look at the state.
+    assert len(traces) <= 3 + 3 + 1
+    before = len(traces)
+    all_of_them(2 * WEIGHTS, jax.random.key(9))
+    assert len(traces) == before
