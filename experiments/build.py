@@ -5,6 +5,7 @@
 """
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,6 +38,7 @@ from rain_jax import (
     schedules,
     training,
 )
+from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, nearest, one_of, pixel_distance, within
 from rain_jax.parallel import check_batch_size, choose_devices
 from rain_jax.types import (
@@ -78,11 +80,20 @@ _CALLS: dict[str, Callable[..., Any]] = {
 _OPTIONAL = ("average", "validation", "twin")
 # Where attacks stand inside other sections; those of an evaluation have names of their own.
 _NESTED_ATTACKS = (("method", "attack"), ("validation", "attack"))
+_ATTACKS_BY_NAME = ("attacks", "distances")
 
 
 def attack(where: str, spec: Any, threat: Threat) -> Attack:
     """An attack section as an attack on `threat`."""
     return make(where, attacks, spec, threat=threat)
+
+
+def minimum_norm(where: str, spec: Any, threat: Threat) -> Attack:
+    """An attack section as a minimum-norm attack; others are refused: they need a radius."""
+    name = spec.get("name") if isinstance(spec, dict) else None
+    if name is not None:
+        one_of(f"{where}.name", name, attacks.MINIMUM_NORM)
+    return attack(where, spec, threat)
 
 
 def _section(where: str, value: Any) -> dict[str, Any]:
@@ -111,16 +122,22 @@ def config(**sections: Any) -> ml_collections.ConfigDict:
             whole[name] = None
             continue
         spec = _section(f"config.{name}", {} if whole.get(name) is None else whole[name])
+        if name == "evaluation":
+            spec = {**{section: {} for section in _ATTACKS_BY_NAME}, **spec}
         function = _CALLS.get(name)
         whole[name] = filled(function, spec) if function else filled_member(REGISTRIES[name], spec)
     for section, key in _NESTED_ATTACKS:
         if (whole[section] or {}).get(key) is not None:
             whole[section][key] = filled_member(attacks, whole[section][key])
-    columns = whole["evaluation"].get("attacks")
-    if isinstance(columns, dict):
-        # A column set to None on the command line is a column less.
-        columns = {k: filled_member(attacks, v) for k, v in columns.items() if v is not None}
-        whole["evaluation"]["attacks"] = columns
+    looks = whole["evaluation"]
+    for section in _ATTACKS_BY_NAME:
+        if isinstance(looks.get(section), dict):
+            # A column set to None on the command line is a column less.
+            columns = {k: v for k, v in looks[section].items() if v is not None}
+            looks[section] = {k: filled_member(attacks, v) for k, v in columns.items()}
+    if isinstance(looks.get("suite"), str):
+        looks["suite"] = {"name": looks["suite"]}
+    looks["suite"] = filled_member(suites, looks.get("suite"))
     # Not type-safe in ml_collections' sense, which knows the types of values (60 epochs, so never
     # half of one); the signatures know better, and `experiment` asks them.
     return ml_collections.ConfigDict(whole, type_safe=False)
@@ -129,8 +146,11 @@ def config(**sections: Any) -> ml_collections.ConfigDict:
 def _registry_at(path: Sequence[str]) -> types.ModuleType | None:
     """The registry that the `name` in the section at `path` is looked up in, if in any."""
     path = tuple(path[1:] if path[:1] == ["twin"] else path)
-    if path in _NESTED_ATTACKS or (path[:2] == ("evaluation", "attacks") and len(path) == 3):
+    named = len(path) == 3 and path[0] == "evaluation" and path[1] in _ATTACKS_BY_NAME
+    if path in _NESTED_ATTACKS or named:
         return attacks
+    if path == ("evaluation", "suite"):
+        return suites
     return REGISTRIES.get(path[0]) if len(path) == 1 else None
 
 
@@ -202,6 +222,7 @@ class Experiment(NamedTuple):
     validation_attack: Attack | None
     evaluation: settings.Evaluation
     attacks: dict[str, Attack]
+    distances: dict[str, Attack]
     checkpoints: settings.Checkpointing
     parallel: settings.Parallel
 
@@ -228,6 +249,20 @@ def experiment(whole: Any) -> Experiment:
     columns = {
         name: attack(f"config.evaluation.attacks.{name}", column, the_threat)
         for name, column in parts["evaluation"].attacks.items()
+    }
+    if parts["evaluation"].suite is not None:
+        where = "config.evaluation.suite"
+        for name, member in make(
+            where, suites, parts["evaluation"].suite, threat=the_threat
+        ).items():
+            if name in columns:
+                raise UsageError(f"config.evaluation.attacks.{name}: expected another name: the "
+                                 "suite has a column of this one")  # fmt: skip
+            columns[name] = member
+    boundless = the_threat._replace(radius=math.inf)
+    distances = {
+        name: minimum_norm(f"config.evaluation.distances.{name}", column, boundless)
+        for name, column in parts["evaluation"].distances.items()
     }
 
     def optimiser(steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -280,7 +315,7 @@ def experiment(whole: Any) -> Experiment:
     built = Experiment(
         spec, seed, splits, network, the_threat, objective_of(network), optimiser, average,
         parts["augment"], parts["training"], validation, validation_attack, parts["evaluation"],
-        columns, parts["checkpoints"], parts["parallel"],
+        columns, distances, parts["checkpoints"], parts["parallel"],
     )  # fmt: skip
     _rehearse(built)
     return built
@@ -311,11 +346,17 @@ def _rehearse(built: Experiment) -> None:
     def logits_fn(key: Key, image: Image) -> Logits:
         return jnp.sum(image) * jnp.ones(network.classes)
 
-    columns = built.evaluation.attacks
-    for name, column in built.attacks.items():
-        attacked = partial(_attacked, column, logits_fn)
-        where = f"config.evaluation.attacks.{name}"
-        traced(where, columns[name], attacked, key, image, label)
+    for section, members in (("attacks", built.attacks), ("distances", built.distances)):
+        specs = getattr(built.evaluation, section)
+        for name, column in members.items():
+            attacked = partial(_attacked, column, logits_fn)
+            # A suite's members have no section of their own.
+            where = (
+                f"config.evaluation.{section}.{name}"
+                if name in specs
+                else "config.evaluation.suite"
+            )
+            traced(where, specs.get(name, {}), attacked, key, image, label)
     if built.validation_attack is not None:
         attacked = partial(_attacked, built.validation_attack, logits_fn)
         keys = spec["validation"]["attack"]

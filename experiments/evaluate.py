@@ -7,8 +7,10 @@ Without `--config` the run's own is read from the workdir. Results go to evaluat
 intervals, settings, provenance) and verdicts.npz (what the judge saw of each image).
 """
 
+import math
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from rain_jax import data, evaluation, norms, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
 from rain_jax.parallel import choose_devices, initialise, place, round_up
-from rain_jax.types import Array, Key, LogitsFn, Network, PyTree, Variables
+from rain_jax.types import Array, Attack, Batch, Key, LogitsFn, Network, PyTree, Variables
 
 # Images in the figure.
 SHOWN = 10
@@ -66,23 +68,39 @@ def check_finite(variables: PyTree, where: str) -> None:
             )
 
 
+class Column(NamedTuple):
+    """What one attack did: verdicts on the images that it was given."""
+
+    judgement: evaluation.Judgement
+    steps: np.ndarray  # int32 [N]
+    queries: np.ndarray  # int32 [N], -1 for attacks that do not count them
+    seconds: float
+
+
 class Measured(NamedTuple):
     """What was seen of one model, by column: `clean`, then the attacks."""
 
-    judgements: dict[str, evaluation.Judgement]
-    images: dict[str, np.ndarray]  # the first few of each column
-    seconds: dict[str, float]
+    columns: dict[str, Column]
+    cascade: bool
+    distances: dict[str, Column]  # of minimum-norm attacks, without a radius
+    # The first few images with what came last to each of them, for the figure.
+    clean: np.ndarray
+    adversarial: np.ndarray
+    adversarial_prediction: np.ndarray
 
     @property
     def stands(self) -> dict[str, np.ndarray]:
-        """Which images [N] are right under each column, and in the worst case of several."""
-        clean, *attacked = self.judgements.values()
-        names = list(self.judgements)[1:]
+        """Which images [N] are right under each column, and in the worst case of several.
+
+        In a cascade that is under this column and all before it.
+        """
+        clean, *attacked = (column.judgement for column in self.columns.values())
+        names = list(self.columns)[1:]
         found = {"clean": np.asarray(clean.right)}
-        found |= {
-            n: evaluation.worst_case(clean, [j]) for n, j in zip(names, attacked, strict=True)
-        }
-        if len(attacked) > 1:
+        for number, name in enumerate(names):
+            counted = attacked[: number + 1] if self.cascade else [attacked[number]]
+            found[name] = evaluation.worst_case(clean, counted)
+        if len(attacked) > 1 and not self.cascade:
             found["worst case"] = evaluation.worst_case(clean, attacked)
         return found
 
@@ -93,66 +111,151 @@ def measure(experiment: build.Experiment, variables: PyTree, name: str) -> Measu
     devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
     batch_size = round_up(settings.batch_size, devices.size)
     source = data.first(experiment.splits.test, settings.images)
-    programs = evaluation.evaluator(
-        logits_fn_of(experiment.network),
-        experiment.threat,
-        experiment.attacks,
-        devices,
-        draws=settings.draws,
-    )
+    model = logits_fn_of(experiment.network)
+    rules = evaluation.Rules(experiment.threat, settings.draws, settings.eight_bit)
+    boundless = rules._replace(threat=experiment.threat._replace(radius=math.inf))
     variables = devices.replicate(variables)
-    measured = Measured({}, {}, {})
-    for column, program in {"clean": programs.clean, **programs.attacks}.items():
+    cascade = settings.suite is not None if settings.cascade is None else settings.cascade
+    # Of a random model the worst mean is wanted, not the first one that is bad enough.
+    early = settings.draws == 1
+
+    def column(
+        title: str, attack: Attack | None, rules: evaluation.Rules, early: bool, given: np.ndarray
+    ) -> Iterator[evaluation.Verdicts]:
         # Each attack's draws are its own, whichever others stand beside it in the config.
-        key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(column.encode()))
+        key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(title.encode()))
+        batches = _only(given, data.evaluation_batches(source, batch_size))
+        if attack is None:
+            found = evaluation.as_they_are(batches)
+        else:
+            drive = evaluation.packed(attack, model, devices, batch_size=batch_size, early=early)
+            found = drive(variables, key, batches)
+        judged = evaluation.judging(model, rules, devices, batch_size=batch_size)
+        return judged(variables, key, found)
+
+    def seen(title: str, verdicts: Iterator[evaluation.Verdicts], total: int) -> Column:
         began = time.monotonic()
-        parts: list[evaluation.Judgement] = []
-        with Progress(f"{name}: {column}", source.size, unit="img") as bar:
-            batches = data.evaluation_batches(source, batch_size)
-            for judgement, images in evaluation.run(program, devices, variables, key, batches):
-                before = measured.images.get(column, images[:0])
-                if len(before) < SHOWN:  # the first batch may be smaller
-                    measured.images[column] = np.concatenate([before, images])[:SHOWN]
-                parts.append(judgement)
-                bar.advance(len(judgement.index))
-        measured.judgements[column] = evaluation.join(parts)
-        measured.seconds[column] = time.monotonic() - began
-    return measured
+        parts: list[tuple[evaluation.Judgement, np.ndarray, np.ndarray]] = []
+        with Progress(f"{name}: {title}", total, unit="img") as bar:
+            for some in verdicts:
+                parts.append((some.judgement, some.steps, some.queries))
+                bar.advance(len(some.steps))
+                for row, index in enumerate(some.judgement.index):
+                    if index < SHOWN:
+                        shown[index] = some.image[row]
+                        predicted[index] = some.judgement.prediction[row]
+        if not parts:  # nobody was left to attack
+            return Column(evaluation.nobody(), np.zeros(0, np.int32), np.zeros(0, np.int32), 0.0)
+        order = np.argsort(np.concatenate([judgement.index for judgement, _, _ in parts]))
+        joined = evaluation.join([judgement for judgement, _, _ in parts])
+        steps, queries = (np.concatenate([part[i] for part in parts])[order] for i in (1, 2))
+        return Column(joined, steps, queries, time.monotonic() - began)
+
+    count = min(SHOWN, source.size)
+    shown = np.zeros((count, *source.shape), np.float32)
+    predicted = np.zeros(count, np.int32)
+    everyone = np.ones(source.size, bool)
+    columns = {"clean": seen("clean", column("clean", None, rules, early, everyone), source.size)}
+    clean = shown.copy()
+    right = standing = np.asarray(columns["clean"].judgement.right)
+    for title, attack in experiment.attacks.items():
+        given = standing if cascade else everyone
+        columns[title] = seen(title, column(title, attack, rules, early, given), int(np.sum(given)))
+        standing = evaluation.worst_case(
+            columns["clean"].judgement, [c.judgement for c in list(columns.values())[1:]]
+        )
+    adversarial, prediction = shown.copy(), predicted.copy()
+    distances = {
+        title: seen(title, column(title, attack, boundless, False, right), int(np.sum(right)))
+        for title, attack in experiment.distances.items()
+    }
+    return Measured(columns, cascade, distances, clean, adversarial, prediction)
+
+
+def _only(given: np.ndarray, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches with other images than the `given` ones, bool [N], marked as padding."""
+    for batch in batches:
+        wanted = given[np.minimum(batch.index, len(given) - 1)]
+        yield batch._replace(valid=np.asarray(batch.valid) & wanted)
 
 
 def described(
     experiment: build.Experiment, measured: Measured, name: str, step: int
 ) -> dict[str, Any]:
     """What evaluation.json says."""
-    stands = {column: _counted(flags) for column, flags in measured.stands.items()}
-    attacked = {c: j for c, j in measured.judgements.items() if c != "clean"}
+    stands = {title: _counted(flags) for title, flags in measured.stands.items()}
+    clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
+    attacks = experiment.evaluation.attacks
     return {
         "model": name,
         "step": step,
         "seed": experiment.seed,
-        "images": len(measured.judgements["clean"].index),
+        "images": len(clean.judgement.index),
         "data": experiment.splits.test.name,
         "threat": {
-            "norm": norm_name(experiment),
+            "norm": norms.name_of(experiment.threat.norm),
             "radius": radius,
             "radius_in_255": 255 * radius,
         },
-        "clean": {**stands["clean"], "seconds": measured.seconds["clean"]},
+        "clean": {**stands["clean"], "seconds": clean.seconds},
         "attacks": {
-            column: {
-                **stands[column],
-                "outside_the_threat": int(np.sum(~judgement.allowed)),
-                "largest_distance": float(np.max(judgement.distance)),
-                "mean_margin": float(np.mean(judgement.margin)),
-                "seconds": measured.seconds[column],
-                "settings": experiment.evaluation.attacks[column],
+            title: {
+                **stands[title],
+                **_told(column),
+                "settings": attacks.get(title, experiment.evaluation.suite),
             }
-            for column, judgement in attacked.items()
+            for title, column in measured.columns.items()
+            if title != "clean"
         },
+        "cascade": measured.cascade,
         "worst_case": list(stands.values())[-1],
+        "distances": {
+            title: {
+                **_curve(clean.judgement, column, radius),
+                "seconds": column.seconds,
+                "settings": experiment.evaluation.distances[title],
+            }
+            for title, column in measured.distances.items()
+        },
         "draws": experiment.evaluation.draws,
+        "eight_bit": experiment.evaluation.eight_bit,
         "provenance": provenance(),
+    }
+
+
+def _told(column: Column) -> dict[str, Any]:
+    """An attack's own figures, over the images that it was given."""
+    judgement = column.judgement
+    if not len(judgement.index):
+        return {"attacked": 0, "seconds": column.seconds}
+    told: dict[str, Any] = {
+        "attacked": len(judgement.index),
+        "outside_the_threat": int(np.sum(~judgement.allowed)),
+        "largest_distance": float(np.max(judgement.distance)),
+        "mean_margin": float(np.mean(judgement.margin)),
+        "accuracy_of_one_draw": float(np.mean(judgement.share)),
+        "mean_steps": float(np.mean(column.steps)),
+        "seconds": column.seconds,
+    }
+    if np.any(column.queries >= 0):
+        broken = column.queries[~evaluation.standing(judgement)]
+        told["queries"] = int(np.sum(column.queries))
+        told["median_queries_where_broken"] = float(np.median(broken)) if len(broken) else None
+    return told
+
+
+def _curve(clean: evaluation.Judgement, column: Column, radius: float) -> dict[str, Any]:
+    """The accuracy at every radius, by one minimum-norm attack; and the median distance."""
+    radii = np.linspace(0, 2 * radius, 33)
+    judgement = column.judgement
+    found = judgement.distance[~evaluation.standing(judgement)]
+    return {
+        "attacked": len(judgement.index),
+        "found": len(found),
+        "median_distance": float(np.median(found)) if len(found) else None,
+        "radius": radii.tolist(),
+        "accuracy": evaluation.curve(clean, judgement, radii).tolist(),
     }
 
 
@@ -165,27 +268,29 @@ def evaluate(
     if jax.process_index() == 0:
         write_json(folder / "evaluation.json", described(experiment, measured, name, step))
         verdicts: dict[str, Any] = {
-            f"{column}/{field}": np.asarray(value)
-            for column, judgement in measured.judgements.items()
-            for field, value in judgement._asdict().items()
-        }
+            f"{title}/{field}": np.asarray(value)
+            for title, column in {**measured.columns, **measured.distances}.items()
+            for field, value in {
+                **column.judgement._asdict(), "steps": column.steps, "queries": column.queries
+            }.items()
+        }  # fmt: skip
         np.savez_compressed(folder / "verdicts.npz", **verdicts)
-    clean, last = measured.judgements["clean"], list(measured.judgements)[-1]
+    clean = measured.columns["clean"].judgement
     sample = report.Sample(
         name,
-        measured.images["clean"],
-        measured.images[last],
+        measured.clean,
+        measured.adversarial,
         clean.label[:SHOWN],
         clean.prediction[:SHOWN],
-        measured.judgements[last].prediction[:SHOWN],
+        measured.adversarial_prediction,
     )
-    counts = {column: evaluation.proportion(flags) for column, flags in measured.stands.items()}
+    first = next(iter(experiment.attacks), None)
+    counts = {
+        ("+ " if measured.cascade and title not in ("clean", first) else "") + title:
+        evaluation.proportion(flags)
+        for title, flags in measured.stands.items()
+    }  # fmt: skip
     return report.Row(name, counts), sample
-
-
-def norm_name(experiment: build.Experiment) -> str:
-    """The name of the threat's norm."""
-    return next(n for n in norms.__all__ if getattr(norms, n) is experiment.threat.norm)
 
 
 def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
@@ -206,7 +311,7 @@ def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     total = rows[0].columns["clean"].total
     print(
         f"\nPer cent right of {total:,} test images, 95 % intervals; "
-        f"{norm_name(experiment)} radius {radius:.4g}\n\n{text}\n\n"
+        f"{norms.name_of(experiment.threat.norm)} radius {radius:.4g}\n\n{text}\n\n"
         f"{folder} holds evaluation.json, table.txt, examples.png and the rest of the run",
         flush=True,
     )

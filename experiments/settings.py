@@ -101,14 +101,24 @@ class Validation:
 class Evaluation:
     """What is measured on the test images: `attacks` maps names of columns to attacks.
 
+    `suite` adds the members of one of `rain_jax.attacks.suites`. With `cascade`, which a suite
+    brings along, an attack is spared the images that fell to those before it, and columns tell who
+    stands after all of them so far. `distances` maps names to minimum-norm attacks, which tell the
+    accuracy at every radius.
+
     `images` takes the first so many, all of them by default. `draws` is how often a random model
-    is asked for each verdict. `checkpoint` is the one with the best held-out score, or the last.
+    is asked for each verdict; `eight_bit` rounds images before they are judged, as if they had
+    been saved. `checkpoint` is the one with the best held-out score, or the last.
     """
 
     attacks: dict[str, dict[str, Any]]
+    distances: dict[str, dict[str, Any]]
+    suite: dict[str, Any] | None = None
+    cascade: bool | None = None
     images: int | None = None
     batch_size: int = 256
     draws: int = 1
+    eight_bit: bool = False
     checkpoint: Literal["best", "latest"] = "best"
 
     def __post_init__(self) -> None:
@@ -116,13 +126,14 @@ class Evaluation:
             within("config.evaluation.images", self.images, 1)
         within("config.evaluation.batch_size", self.batch_size, 1)
         within("config.evaluation.draws", self.draws, 1)
-        for name in self.attacks:
-            if name in ("clean", "worst case"):
-                raise UsageError(
-                    f"config.evaluation.attacks.{name}: expected another name: there is a column "
-                    "of this one"
-                )
-        if not self.attacks:
+        for section, names in (("attacks", self.attacks), ("distances", self.distances)):
+            for name in names:
+                if name in ("clean", "worst case"):
+                    raise UsageError(
+                        f"config.evaluation.{section}.{name}: expected another name: there is a "
+                        "column of this one"
+                    )
+        if not (self.attacks or self.suite or self.distances):
             raise UsageError(
                 "config.evaluation.attacks={}: expected an attack at least, such as "
                 "dict(pgd=dict(name='pgd', steps=20))"

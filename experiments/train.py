@@ -265,7 +265,7 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Any:
     attack = experiment.validation_attack
     programs = evaluation.evaluator(
         evaluate.logits_fn_of(experiment.network),
-        experiment.threat,
+        evaluation.Rules(experiment.threat),
         {} if attack is None else {"attack": attack},
         devices,
     )

@@ -130,9 +130,10 @@ def test_estimators_are_made_by_name_and_by_section():
 def test_defaults_are_filled_in():
     found = build.plain(small(method=dict(name="adversarial", attack=PGD)))
     for column in (found["method"]["attack"], found["evaluation"]["attacks"]["pgd"]):
-        assert column == dict(name="pgd", steps=2, step_size=None, restarts=1,
-                              loss="cross_entropy", estimator=None, start="uniform",
-                              keep="best")  # fmt: skip
+        assert column == dict(
+            name="pgd", steps=2, step_size=None, restarts=1, loss="cross_entropy", estimator=None,
+            start="uniform", climber="steepest", keep="best", goal="untargeted",
+        )  # fmt: skip
     assert found["method"]["batch_norm"] == "eval"
     assert found["network"]["mean"] == 0.0
     assert found["threat"]["norm"] == "linf"
@@ -172,7 +173,9 @@ def test_every_default_of_every_member_can_be_built(section, name):
 
 @pytest.mark.parametrize("name", attacks.__all__)
 def test_every_default_of_every_attack_can_be_built(name):
-    column = dict(name=name, **({"steps": 1} if name == "pgd" else {}))
+    parameters = schema.parameters_of(getattr(attacks, name))
+    needed = {key: 1 for key, p in parameters.items() if p.default is p.empty}  # steps
+    column = dict(name=name, **needed)
     found = json.loads(json.dumps(build.plain(small(evaluation=dict(attacks=dict(x=column))))))
     assert "x" in build.experiment(found).attacks
 
