@@ -102,9 +102,9 @@ class Evaluation:
     """What is measured on the test images: `attacks` maps names of columns to attacks.
 
     `suite` adds the members of one of `rain_jax.attacks.suites`. With `cascade`, which a suite
-    brings along, an attack is spared the images that fell to those before it, and columns tell who
-    stands after all of them so far. `distances` maps names to minimum-norm attacks, which tell the
-    accuracy at every radius.
+    brings along, an attack is spared the images that fell to those before it (fewer steps first, a
+    suite's members last), and columns tell who stands after all of them so far. `distances` maps
+    names to minimum-norm attacks, which tell the accuracy at every radius.
 
     `images` takes the first so many, all of them by default. `draws` is how often a random model
     is asked for each verdict; `eight_bit` rounds images before they are judged, as if they had

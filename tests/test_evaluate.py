@@ -1,0 +1,174 @@
+"""What an evaluation says: columns, cascades, distances and random models."""
+
+import itertools
+import json
+from pathlib import Path
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build, evaluate
+from rain_jax import evaluation
+
+
+def experiment_of(tmp_path: Path, **settings):
+    scope: dict = {}
+    exec(commands.write_config(tmp_path).read_text(), scope)
+    changes = [(f"evaluation.{key}", value) for key, value in settings.items()]
+    return build.experiment(build.changed(scope["get_config"](), changes))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Untrained weights, scaled so that some images are right and attacks have work to do."""
+    network = build.experiment(_plain()).network
+    return network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+
+
+def _plain():
+    scope: dict = {}
+    exec(commands.CONFIG, scope)
+    return scope["get_config"]()
+
+
+def told(tmp_path, variables, **settings):
+    experiment = experiment_of(tmp_path, **settings)
+    row, sample = evaluate.evaluate(experiment, variables, tmp_path, "untrained", 0)
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    return row, sample, record, dict(np.load(tmp_path / "verdicts.npz"))
+
+
+def test_a_suite_is_a_cascade(tmp_path, variables):
+    suite = dict(name="standard", steps=3, targets=2, queries=5)
+    row, sample, record, verdicts = told(
+        tmp_path, variables, **{"suite": suite, "attacks.pgd40": None}
+    )
+    members = ["apgd_ce", "apgd_t", "fab_t", "square"]
+    assert list(row.columns) == ["clean", "apgd_ce", "+ apgd_t", "+ fab_t", "+ square"]
+    assert list(record["attacks"]) == members
+    assert record["cascade"]
+    counts = [record["clean"]["right"], *(record["attacks"][m]["right"] for m in members)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+    # Each attack was given exactly those that stood before it.
+    assert record["attacks"]["apgd_ce"]["attacked"] == counts[0]
+    for before, member in itertools.pairwise(members):
+        attacked = record["attacks"][member]["attacked"]
+        assert attacked == record["attacks"][before]["right"]
+        assert len(verdicts.get(f"{member}/index", [])) == attacked
+    assert record["worst_case"]["right"] == counts[-1]
+    if record["attacks"]["square"]["attacked"]:
+        assert record["attacks"]["square"]["queries"] > 0
+    assert sample.adversarial.shape == sample.clean.shape
+
+
+def test_columns_are_independent_without_a_cascade(tmp_path, variables):
+    noise = {"attacks.noise": dict(name="noise"), "attacks.fgsm": dict(name="fgsm")}
+    row, _, record, _ = told(tmp_path, variables, **noise)
+    assert list(row.columns) == ["clean", "noise", "fgsm", "pgd40", "worst case"]
+    assert [a["attacked"] for a in record["attacks"].values()] == [83] * 3
+    assert row.columns["worst case"].hits <= min(a["right"] for a in record["attacks"].values())
+
+
+def test_verdicts_of_a_cascade_are_those_of_independent_columns(tmp_path, variables):
+    settings = {"attacks.fgsm": dict(name="fgsm"), "attacks.noise": dict(name="noise")}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, _, alone, _ = told(tmp_path / "a", variables, **settings)
+    _, _, cascade, _ = told(tmp_path / "b", variables, cascade=True, **settings)
+    assert cascade["worst_case"] == alone["worst_case"]
+
+
+def test_distances_tell_the_accuracy_at_every_radius(tmp_path, variables):
+    row, _, record, verdicts = told(
+        tmp_path, variables, **{"distances.fmn": dict(name="fmn", steps=30)}
+    )
+    assert "fmn" not in row.columns
+    found = record["distances"]["fmn"]
+    accuracy, radius = found["accuracy"], found["radius"]
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert accuracy[0] <= record["clean"]["accuracy"]
+    assert radius[0] == 0
+    assert radius[-1] == pytest.approx(0.2)
+    assert found["attacked"] == record["clean"]["right"]
+    distance = verdicts["fmn/distance"]
+    # One that was found can be pulled in: some lie beyond the radius of the threat.
+    assert np.max(distance) > 0.1
+    at = int(np.argmin(np.abs(np.array(radius) - 0.1)))
+    # Both search the same ball, one from outside.
+    assert abs(accuracy[at] - record["attacks"]["pgd40"]["accuracy"]) < 0.25
+
+
+def test_eight_bits_are_reported_and_kept(tmp_path, variables):
+    _, sample, record, _ = told(tmp_path, variables, eight_bit=True)
+    assert record["eight_bit"]
+    levels = sample.adversarial * 255
+    np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
+    assert record["attacks"]["pgd40"]["outside_the_threat"] == 0
+
+
+def test_nobody_left_is_no_mistake(tmp_path, variables):
+    """After a radius that breaks all, the next attack has nothing to do and says so."""
+    experiment = experiment_of(tmp_path, cascade=True, **{"attacks.noise": dict(name="noise")})
+    everyone = lambda key, logits_fn, image, label: 1 - image
+    experiment = experiment._replace(
+        threat=experiment.threat._replace(radius=1.0),
+        attacks={"flip": lambda *a: everyone(*a), "noise": experiment.attacks["noise"]},
+    )
+
+    def constant(variables, images, train=False, axis_name=None):
+        dark = jnp.mean(images[:, :, :1], axis=(1, 2, 3), keepdims=True)[:, 0, 0]
+        return jnp.where(dark < 0.5, 1.0, -1.0) * jax.nn.one_hot(
+            jnp.zeros(len(images), int), 10
+        ), {}
+
+    experiment = experiment._replace(network=experiment.network._replace(apply=constant))
+    measured = evaluate.measure(experiment, variables, "constant")
+    right = measured.columns["clean"].judgement
+    assert np.sum(right.right) > 0
+    assert len(measured.columns["noise"].judgement.index) == 0
+    assert evaluation.proportion(measured.stands["noise"]).hits == 0
+
+
+def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeypatch):
+    fixed = evaluate.logits_fn_of
+
+    def noisy(network):
+        of = fixed(network)
+
+        def drawn(variables):
+            model = of(variables)
+            return lambda key, image: model(key, image) + jax.random.normal(key, (10,))
+
+        return drawn
+
+    monkeypatch.setattr(evaluate, "logits_fn_of", noisy)
+    _, _, record, verdicts = told(
+        tmp_path, variables, draws=16, suite=dict(name="rand", steps=2, draws=4),
+        **{"attacks.pgd40": None},
+    )  # fmt: skip
+    found = record["attacks"]["apgd"]
+    share = verdicts["apgd/share"]
+    np.testing.assert_allclose(found["accuracy_of_one_draw"], np.mean(share), rtol=1e-6)
+    assert np.any((share > 0) & (share < 1))
+    # Nobody left early: the worst mean is wanted.
+    assert np.all(verdicts["apgd/steps"] == 2)
+    assert found["attacked"] == record["clean"]["right"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"suite": "standrad"}, "did you mean 'standard'"),
+        ({"suite": dict(name="standard", querys=3)}, "did you mean 'queries'"),
+        ({"distances.pgd": dict(name="pgd", steps=3)}, "expected one of carlini_wagner"),
+        ({"suite": "standard", "attacks.square": dict(name="fgsm")}, "column of this one"),
+        ({"distances.clean": dict(name="fmn")}, "another name"),
+    ],
+)
+def test_mistakes_are_met_before_anything_runs(tmp_path, settings, message):
+    with pytest.raises(build.UsageError, match=message):
+        experiment_of(tmp_path, **settings)
