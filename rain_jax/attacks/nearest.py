@@ -46,7 +46,7 @@ def within_threat(threat: Threat, clean: Image, nearest: Nearest, last: Image) -
     found = jnp.isfinite(nearest.distance)
     pulled = project(threat, clean, jnp.where(found, nearest.image, last))
     # An image on the decision boundary must not be moved by the rounding of a projection.
-    return jnp.where(nearest.distance <= threat.radius, nearest.image, pulled)
+    return jnp.where(_inside(threat, nearest), nearest.image, pulled)
 
 
 def score(threat: Threat, nearest: Nearest, margin: Scalar) -> Scalar:
@@ -54,7 +54,11 @@ def score(threat: Threat, nearest: Nearest, margin: Scalar) -> Scalar:
 
     So of several runs the nearest is kept, and an image is broken where the score is positive.
     """
-    inside = nearest.distance <= threat.radius
     # One that was pulled in and is broken all the same lies at the radius.
     near = 1.0 / jnp.maximum(jnp.minimum(nearest.distance, threat.radius), 1e-12)
-    return jnp.where(inside | (margin > 0), near, margin)
+    return jnp.where(_inside(threat, nearest) | (margin > 0), near, margin)
+
+
+def _inside(threat: Threat, nearest: Nearest) -> Array:
+    """Whether something was found within the radius, which may be infinite."""
+    return jnp.isfinite(nearest.distance) & (nearest.distance <= threat.radius)
