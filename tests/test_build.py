@@ -176,7 +176,9 @@ def test_every_default_of_every_attack_can_be_built(name):
     parameters = schema.parameters_of(getattr(attacks, name))
     needed = {key: 1 for key, p in parameters.items() if p.default is p.empty}  # steps
     column = dict(name=name, **needed)
-    found = json.loads(json.dumps(build.plain(small(evaluation=dict(attacks=dict(x=column))))))
+    norm = dict(norm="l2", radius=0.5) if name == "ddn" else dict(norm="linf", radius=0.1)
+    whole = small(threat=norm, evaluation=dict(attacks=dict(x=column)))
+    found = json.loads(json.dumps(build.plain(whole)))
     assert "x" in build.experiment(found).attacks
 
 

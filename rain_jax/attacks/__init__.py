@@ -5,10 +5,12 @@ Each maker takes a `Threat` and plain numbers, and returns an `Attack`: one imag
 """
 
 from rain_jax.attacks.apgd import apgd, apgd_t
+from rain_jax.attacks.carlini_wagner import carlini_wagner
 from rain_jax.attacks.deepfool import deepfool
 from rain_jax.attacks.fab import fab, fab_t
+from rain_jax.attacks.fmn import ddn, fmn
 from rain_jax.attacks.noise import noise
-from rain_jax.attacks.pgd import fgsm, mi_fgsm, pgd
+from rain_jax.attacks.pgd import fgsm, mi_fgsm, multi_targeted, pgd
 from rain_jax.attacks.rays import rays
 from rain_jax.attacks.spsa import nes, spsa
 from rain_jax.attacks.square import square
@@ -16,11 +18,15 @@ from rain_jax.attacks.square import square
 __all__ = [
     "apgd",
     "apgd_t",
+    "carlini_wagner",
+    "ddn",
     "deepfool",
     "fab",
     "fab_t",
     "fgsm",
+    "fmn",
     "mi_fgsm",
+    "multi_targeted",
     "nes",
     "noise",
     "pgd",
@@ -30,4 +36,4 @@ __all__ = [
 ]
 
 # Those that look for the nearest misclassified image, so that a radius of infinity makes sense.
-MINIMUM_NORM = ("carlini_wagner", "deepfool", "fab", "fab_t", "fmn", "rays")
+MINIMUM_NORM = ("carlini_wagner", "ddn", "deepfool", "fab", "fab_t", "fmn", "rays")

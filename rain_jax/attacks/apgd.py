@@ -99,10 +99,7 @@ class Halving(NamedTuple):
 
 
 def _halving(steps: int) -> Rule:
-    """Step sizes are halved where too few steps raise the loss, or where nothing better is found.
-
-    Nothing better than at the last judgement, that is, and with a size that it left as it was.
-    """
+    """Steps are halved where too few of them raise the loss, or where whole ones found no more."""
     first, shortest, shorter = (
         max(int(share * steps), 1) for share in (_FIRST, _SHORTEST, _SHORTER)
     )
@@ -110,7 +107,7 @@ def _halving(steps: int) -> Rule:
     def begin(threat: Threat, clean: Image, here: Point, phase: Array) -> Halving:
         zero = jnp.int32(0)
         return Halving(
-            size=jnp.float32(2.0) * threat.radius, previous=here.image, way=jnp.float32(1.0),
+            size=2.0 * threat.radius, previous=here.image, way=jnp.float32(1.0),
             window=jnp.int32(first), counted=zero, rises=zero,
             halved=jnp.bool_(True), judged_loss=here.loss,
         )  # fmt: skip
@@ -154,11 +151,16 @@ class Thinning(NamedTuple):
     counted: Scalar  # int32, steps since then
 
 
-def _sparse(gradient: Image, count: Scalar) -> Image:
-    """The step of size 1 in L1 that moves the `count` steepest pixels, each by as much."""
-    steepness = jnp.abs(gradient)
+def _sparse(threat: Threat, image: Image, gradient: Image, count: Scalar) -> Image:
+    """The step of size 1 in L1 that moves the `count` steepest pixels, each by as much.
+
+    Unlike the paper's it passes over those at the bound that they would move to. In few dimensions
+    they may be all that it picks, and then the ascent stands still.
+    """
+    ahead = jnp.where(gradient > 0, threat.high - image, image - threat.low) > 0
+    steepness = jnp.where(ahead, jnp.abs(gradient), 0.0)
     least = jnp.sort(steepness, axis=None)[-jnp.maximum(count, 1)]
-    sign = jnp.where(steepness >= least, jnp.sign(gradient), 0.0)
+    sign = jnp.where(ahead & (steepness >= least), jnp.sign(gradient), 0.0)
     return sign / jnp.maximum(jnp.sum(jnp.abs(sign)), 1.0)
 
 
@@ -178,12 +180,12 @@ def _thinning(steps: int) -> Rule:
         return jnp.sum(image != clean, dtype=jnp.int32)
 
     def begin(threat: Threat, clean: Image, here: Point, phase: Array) -> Thinning:
-        size = jnp.float32(1.0) * threat.radius
         window = jnp.array(windows, jnp.int32)[phase]
-        return Thinning(size, moved(clean, here.image), window, jnp.int32(0))
+        return Thinning(threat.radius, moved(clean, here.image), window, jnp.int32(0))
 
     def move(threat: Threat, state: Adaptive) -> Image:
-        step = _sparse(state.gradient, (state.pace.moved / _FEWER).astype(jnp.int32))
+        count = jnp.round(state.pace.moved / _FEWER).astype(jnp.int32)
+        step = _sparse(threat, state.image, state.gradient, count)
         return state.image + state.pace.size * step
 
     def judge(threat: Threat, state: Adaptive, loss: Scalar, top: Point) -> tuple[Thinning, Array]:
@@ -194,7 +196,7 @@ def _thinning(steps: int) -> Rule:
         sparser = now < _SPARSER * pace.moved
         smaller = jnp.maximum(pace.size / _SHRINK, _SMALLEST * threat.radius)
         size = jnp.where(sparser, threat.radius, smaller)
-        judged = Thinning(size, now, pace.window, jnp.int32(0))
+        judged = pace._replace(size=size, moved=now, counted=jnp.int32(0))
         return _choose(due, judged, pace._replace(counted=counted)), due & sparser
 
     return Rule(phases, start, begin, move, judge)

@@ -11,7 +11,7 @@ from rain_jax.attacks.restarts import restarted, side_by_side
 from rain_jax.checks import UsageError, one_of, pixel_distance, within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
-from rain_jax.norms import expect, linf, project, random_start, steepest
+from rain_jax.norms import expect, l1, linf, project, random_start, steepest
 from rain_jax.types import (
     Array,
     Estimator,
@@ -180,6 +180,25 @@ def _step(threat: Threat, size: Any) -> Any:
     return within("step_size", size, above=0.0)
 
 
+def steepest_step(threat: Threat, size: Any) -> optax.GradientTransformation:
+    """The step of `size` that climbs fastest; its `update` needs the image as `params`.
+
+    In L1 one pixel alone would take it all, and lose what its bound cuts off. So the steepest
+    pixels go to their bounds, one after the other, until the size is used up.
+    """
+    if threat.norm is not l1:
+        return optax.chain(steepest(threat.norm), optax.scale(size))
+
+    def fill(gradient: Array, image: Image) -> Array:
+        room = jnp.where(gradient > 0, threat.high - image, image - threat.low).ravel()
+        order = jnp.argsort(-jnp.abs(gradient), axis=None)
+        spent = jnp.cumsum(room[order]) - room[order]
+        moves = jnp.zeros_like(room).at[order].set(jnp.clip(size - spent, 0.0, room[order]))
+        return jnp.sign(gradient) * moves.reshape(gradient.shape)
+
+    return optax.stateless(lambda updates, image: jax.tree.map(fill, updates, image))
+
+
 def _climb(
     threat: Threat, steps: int, step_size: float | None, climber: Climber
 ) -> optax.GradientTransformation:
@@ -188,7 +207,7 @@ def _climb(
     one_of("climber", climber, ("steepest", "adam"))
     size = 2.5 * threat.radius / steps if step_size is None else _step(threat, step_size)
     if climber == "steepest":
-        return optax.chain(steepest(threat.norm), optax.scale(size))
+        return steepest_step(threat, size)
     # Adam rescales each pixel by itself. Only a ball whose sides lie along the pixels lets such an
     # ascent come to rest where the loss is largest; on a plane in L2 it would end well short.
     expect(threat, "climber='adam'", linf)
@@ -246,10 +265,10 @@ def multi_targeted(
 ) -> Iteration:
     """MultiTargeted PGD (Gowal et al., arXiv:1910.09338): one ascent for each likely wrong class.
 
-    Each climbs the difference between that class's logit and the label's, which on a linear model
-    no other loss betters. The `targets` likeliest wrong classes of the clean image, or all of them
-    where there are fewer, go side by side, and so do `restarts` of each; the answer has the largest
-    margin. `step_size` and `climber` are those of `pgd`.
+    Each climbs the difference between that class's logit and the label's; on a linear model the one
+    that gets furthest is at the optimum. The `targets` likeliest wrong classes of the clean image,
+    or all of them where there are fewer, go side by side, and so do `restarts` of each; the answer
+    has the largest margin. `step_size` and `climber` are those of `pgd`.
     """
     within("targets", targets, 1)
     climb = _climb(threat, steps, step_size, climber)
@@ -281,7 +300,7 @@ def fgsm(
     `start="uniform"` with `step_size=1.25 * radius` is Fast-AT's RS-FGSM (arXiv:2001.03994).
     """
     size = threat.radius if step_size is None else _step(threat, step_size)
-    climb = optax.chain(steepest(threat.norm), optax.scale(size))
+    climb = steepest_step(threat, size)
     return ascent(threat, climb, steps=1, loss=loss, estimator=estimator, start=start, keep="last")
 
 
@@ -303,6 +322,6 @@ def mi_fgsm(
     unit = optax.stateless(
         lambda updates, _: jax.tree.map(lambda g: g / (jnp.sum(jnp.abs(g)) + 1e-12), updates)
     )
-    climb = optax.chain(unit, optax.trace(decay), steepest(threat.norm), optax.scale(size))
+    climb = optax.chain(unit, optax.trace(decay), steepest_step(threat, size))
     attack = ascent(threat, climb, steps=steps, loss=loss, estimator=estimator, start=start)
     return restarted(attack, restarts)

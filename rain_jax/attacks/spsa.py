@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from rain_jax import gradients
-from rain_jax.attacks.pgd import Ascent, ascent
+from rain_jax.attacks.pgd import Ascent, ascent, steepest_step
 from rain_jax.attacks.restarts import restarted
 from rain_jax.checks import pixel_distance, within
 from rain_jax.losses import margin
-from rain_jax.norms import linf, steepest
+from rain_jax.norms import linf
 from rain_jax.types import Image, Iteration, Key, LogitsFn, Loss, Scalar, Target, Threat
 
 
@@ -77,7 +77,7 @@ def nes(
         step_size = 2.5 * threat.radius / steps
     else:
         _check_step(threat.norm is linf, step_size)
-    climb = optax.chain(optax.trace(decay), steepest(threat.norm), optax.scale(step_size))
+    climb = optax.chain(optax.trace(decay), steepest_step(threat, step_size))
     estimator = gradients.nes(draws, scale, answers)
     attack = ascent(threat, climb, steps=steps, loss=loss, estimator=estimator, start="clean")
     return restarted(counted(attack, draws=draws, answers=answers), restarts)

@@ -6,21 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_pgd import BALLS, BOUNDED, UNEVEN, WEIGHT, climbed, optimum
 
 from rain_jax.attacks import apgd, apgd_t, pgd
 from rain_jax.checks import UsageError
 from rain_jax.gradients import eot
-from rain_jax.losses import cross_entropy, dlr, dlr_targeted, margin
-from rain_jax.norms import l2, linf
+from rain_jax.losses import cross_entropy, dlr, dlr_targeted, kl, margin
+from rain_jax.norms import allowed, l1, l2, linf
 from rain_jax.types import Threat
 
 IMAGE = jnp.full((6, 6, 2), 0.5)
-WEIGHT = jax.random.normal(jax.random.key(1), (6, 6, 2))
 WEIGHTS = jax.random.normal(jax.random.key(2), (72, 5))
-
-
-def plane(key, image):
-    return jnp.stack([3.0, jnp.sum(WEIGHT * (image - 0.5)), -5.0])
 
 
 def curved(key, image):
@@ -29,13 +25,37 @@ def curved(key, image):
     return jnp.sin(4 * flat @ WEIGHTS) * 3 + jnp.cos(9 * flat) @ WEIGHTS
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, margin, dlr], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("norm", "radius"), [(linf, 0.1), (l2, 0.4)], ids=["linf", "l2"])
-def test_reaches_the_optimum_on_a_plane(norm, radius, loss, key):
-    found = apgd(Threat(norm, radius), steps=50, loss=loss)(key, plane, IMAGE, 0)
-    dual = jnp.sum(jnp.abs(WEIGHT)) if norm is linf else jnp.sqrt(jnp.sum(WEIGHT**2))
-    reached = float(jnp.sum(WEIGHT * (found - 0.5)) / (radius * dual))
+@BALLS
+def test_reaches_the_optimum_on_a_plane(norm, radius, key):
+    attack = apgd(Threat(norm, radius), steps=50)
+    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(norm, radius, WEIGHT, UNEVEN)
     assert 0.99 <= reached <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("loss", [margin, dlr], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("norm", "radius"), [(linf, 0.1), (l1, 4.0)], ids=["linf", "l1"])
+def test_whatever_the_loss(norm, radius, loss, key):
+    attack = apgd(Threat(norm, radius), steps=50, loss=loss)
+    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(norm, radius, WEIGHT, UNEVEN)
+    assert 0.99 <= reached <= 1 + 1e-4
+
+
+@BOUNDED
+def test_turns_at_the_kink_of_two_planes(norm, radius, key):
+    """The larger of two planes: the way up the first leads onto the second, which is steeper."""
+    second = WEIGHT * jax.random.uniform(jax.random.key(8), WEIGHT.shape, minval=2.0, maxval=3.0)
+    # The first is above at the start, the second wherever the first is highest.
+    level = 0.7 * optimum(norm, radius, WEIGHT, UNEVEN)
+    best = optimum(norm, radius, second, UNEVEN) - level
+
+    def two_planes(key, x):
+        change = x - UNEVEN
+        above = jnp.maximum(jnp.sum(WEIGHT * change), jnp.sum(second * change) - level)
+        return jnp.stack([9.0, above])
+
+    attack = apgd(Threat(norm, radius), steps=50)
+    found = jax.jit(lambda key: attack(key, two_planes, UNEVEN, 0))(key)
+    assert 0.99 <= two_planes(key, found)[1] / best <= 1 + 1e-4
 
 
 def published(norm, radius, steps, start, value, gradient):
@@ -97,24 +117,101 @@ def test_follows_the_published_loop(norm, radius, key):
         np.testing.assert_allclose(state.image, trail[number], atol=1e-4)
     for _ in range(8, steps):
         state = step(state)
-    np.testing.assert_allclose(state.top_loss, best_value, rtol=0.05)
-    assert float(state.size) < 2 * radius / 2
+    np.testing.assert_allclose(state.top.loss, best_value, rtol=0.05)
+    assert float(state.pace.size) < 2 * radius / 2
 
 
-def test_climbs_higher_than_fixed_steps(key):
+def published_l1(radius, steps, start, value, gradient):
+    """L1-APGD of arXiv:2103.01208 in three shrinking balls, for one image."""
+    image = np.asarray(DARK, np.float64)
+
+    def project(z, radius):
+        change = z - image
+        low, high = 0.0, np.max(np.abs(change))
+
+        def cut(threshold):
+            shrunk = np.sign(change) * np.maximum(np.abs(change) - threshold, 0)
+            return np.clip(shrunk, -image, 1 - image)
+
+        if np.sum(np.abs(cut(0.0))) <= radius:
+            return image + cut(0.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = np.sum(np.abs(cut(middle))) <= radius
+            low, high = (low, middle) if fits else (middle, high)
+        return image + cut(high)
+
+    trail, best = [], start
+    first = second = 3 * steps // 10
+    for factor, length in ((3, first), (2, second), (1, steps - first - second)):
+        ball = factor * radius
+        x = best = project(best, ball)
+        best_value, size = value(x), ball
+        trail.append(x)
+        changed, window, since = np.sum(x != image), max(int(0.04 * length), 1), 0
+        for _ in range(length):
+            g = gradient(x)
+            g[((g > 0) & (x >= 1)) | ((g < 0) & (x <= 0))] = 0
+            some = np.argsort(-np.abs(g).ravel())[: max(round(changed / 1.5), 1)]
+            step = np.zeros(g.size)
+            step[some] = np.sign(g.ravel()[some]) / np.sum(g.ravel()[some] != 0)
+            x = project(x + size * step.reshape(g.shape), ball)
+            if value(x) > best_value:
+                best, best_value = x, value(x)
+            since += 1
+            if since == window:
+                before, changed, since = changed, np.sum(best != image), 0
+                if changed < 0.95 * before:
+                    x, size = best, ball
+                else:
+                    size = max(size / 1.5, ball / 10)
+            trail.append(x)
+    return trail, best_value
+
+
+# A third of its pixels are black: they can only be brightened.
+DARK = jax.random.uniform(jax.random.key(6), (6, 6, 2)).at[:2].set(0.0)
+
+
+@pytest.mark.parametrize("steps", [20, 200])
+def test_follows_the_published_loop_in_l1(steps, key):
+    """Point by point while rounding allows it, and to the same loss in the end."""
+    attack = apgd(Threat(l1, 1.5), steps=steps)
+    state = attack.init(key, curved, DARK, 2)
+    value = jax.jit(lambda x: cross_entropy(curved(key, x), 2))
+    gradient = jax.jit(jax.grad(lambda x: cross_entropy(curved(key, x), 2)))
+    trail, best_value = published_l1(
+        1.5, steps, np.asarray(state.image, np.float64),
+        lambda x: float(value(jnp.asarray(x, jnp.float32))),
+        lambda x: np.array(gradient(jnp.asarray(x, jnp.float32)), np.float64),
+    )  # fmt: skip
+    assert len(trail) == attack.steps + 1
+    step = jax.jit(lambda state: attack.step(curved, state))
+    for number in range(1, attack.steps + 1):
+        state = step(state)
+        if number <= 25:
+            np.testing.assert_allclose(state.image, trail[number], atol=1e-4)
+    np.testing.assert_allclose(state.top.loss, best_value, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("norm", "radius"), [(linf, 0.15), (l2, 0.6), (l1, 1.5)], ids=["linf", "l2", "l1"]
+)
+def test_climbs_higher_than_fixed_steps(norm, radius, key):
     """With the same number of gradients, on average over images."""
-    threat = Threat(linf, 0.15)
-    images = jax.random.uniform(key, (32, 6, 6, 2))
+    threat = Threat(norm, radius)
+    images = jax.random.uniform(key, (24, 6, 6, 2))
     labels = jax.vmap(lambda x: jnp.argmax(curved(key, x)))(images)
-    keys = jax.random.split(key, 32)
+    keys = jax.random.split(key, 24)
 
     def reached(attack):
         run = jax.jit(jax.vmap(lambda k, x, y: attack(k, curved, x, y)))
         found = run(keys, images, labels)
         return float(jnp.mean(jax.vmap(lambda x, y: margin(curved(key, x), y))(found, labels)))
 
-    fixed = pgd(threat, steps=40, loss=margin)
-    assert reached(apgd(threat, steps=40, loss=margin)) >= reached(fixed)
+    attack = apgd(threat, steps=40, loss=margin)
+    fixed = pgd(threat, steps=attack.steps, loss=margin)
+    assert reached(attack) > reached(fixed)
 
 
 def test_targets_are_the_likeliest_wrong_classes_and_each_is_tried(key):
@@ -122,9 +219,10 @@ def test_targets_are_the_likeliest_wrong_classes_and_each_is_tried(key):
     state = attack.init(key, curved, IMAGE, 2)
     logits = np.array(curved(key, IMAGE))
     logits[2] = -np.inf
-    np.testing.assert_array_equal(state.aim, np.argsort(-logits)[:3])
+    np.testing.assert_array_equal(state.against[1], np.argsort(-logits)[:3])
 
 
+@pytest.mark.filterwarnings("ignore:dlr")  # with two classes it says what it becomes
 @pytest.mark.parametrize(("classes", "tried"), [(2, 1), (3, 2), (5, 4)])
 def test_fewer_classes_than_targets(classes, tried, key):
     def logits_fn(key, image):
@@ -132,8 +230,8 @@ def test_fewer_classes_than_targets(classes, tried, key):
 
     attack = apgd_t(Threat(linf, 0.3), steps=5)
     state = attack.init(key, logits_fn, IMAGE, 0)
-    assert state.aim.shape == (tried,)
-    assert 0 not in np.asarray(state.aim)
+    assert state.against[1].shape == (tried,)
+    assert 0 not in np.asarray(state.against[1])
     found = attack(key, logits_fn, IMAGE, 0)
     assert margin(logits_fn(key, found), 0) > 0
 
@@ -146,27 +244,63 @@ def test_the_targeted_loss_overtakes_the_label(key):
 
     attack = apgd_t(Threat(linf, 0.05), steps=50, targets=1)
     state = attack.init(key, logits_fn, IMAGE, 0)
-    aim = int(state.aim[0])
+    aim = int(state.against[1][0])
     corner = 0.5 + 0.05 * jnp.sign(WEIGHTS[:, aim] - WEIGHTS[:, 0]).reshape(IMAGE.shape)
     for _ in range(50):
         state = attack.step(logits_fn, state)
     # The loss is the lead over a spread, so its best point is near that corner or better.
-    assert state.top_loss[0] >= dlr_targeted(logits_fn(key, corner), 0, aim) - 1e-3
+    assert state.top.loss[0] >= dlr_targeted(logits_fn(key, corner), 0, aim) - 1e-3
     found, score = attack.best(logits_fn, state)
     assert score > 0
     assert margin(logits_fn(key, found), 0) == score
 
 
+def test_in_l1_only_images_in_the_threat_count(key):
+    """While the ball is larger there is no answer yet, though the model is broken there."""
+    threat = Threat(l1, 2.0)
+    attack = apgd(threat, steps=10)
+    state = attack.init(key, curved, IMAGE, 2)
+    step = jax.jit(lambda state: attack.step(curved, state))
+    inside = []
+    for _ in range(attack.steps):
+        inside.append(bool(allowed(threat, IMAGE, state.image)))
+        found, score = attack.best(curved, state)
+        assert allowed(threat, IMAGE, found)
+        assert score == (margin(curved(key, found), 2) if inside[-1] else -jnp.inf)
+        state = step(state)
+    # Three steps in each of the larger balls, and the points that they start at.
+    assert inside == [False] * 8 + [True] * 4
+
+
+@pytest.mark.parametrize(("steps", "norm", "whole"), [(7, l2, 7), (7, l1, 9), (1, l1, 3)])
+def test_length(steps, norm, whole, key):
+    attack = apgd(Threat(norm, 0.5), steps=steps)
+    assert attack.steps == whole
+    assert allowed(Threat(norm, 0.5), IMAGE, attack(key, curved, IMAGE, 2))
+
+
+def test_kl_compares_with_the_clean_prediction(key):
+    attack = apgd(Threat(linf, 0.1), steps=20, loss=kl)
+    state = attack.init(key, curved, IMAGE, 2)
+    np.testing.assert_array_equal(state.against, curved(key, IMAGE))
+    for _ in range(20):
+        state = attack.step(curved, state)
+    assert state.top.loss == kl(curved(key, state.top.image), curved(key, IMAGE))
+    assert state.top.loss > 10
+
+
 def test_random_models_are_climbed_by_their_mean(key):
+    slope = WEIGHTS[:, 0].reshape(IMAGE.shape)
+
     def noisy(key, image):
-        noise = 6 * jax.random.normal(key, WEIGHT.shape)
-        return jnp.stack([0.0, jnp.sum((WEIGHT + noise) * (image - 0.5)), -9.0])
+        noise = 6 * jax.random.normal(key, slope.shape)
+        return jnp.stack([0.0, jnp.sum((slope + noise) * (image - 0.5)), -9.0])
 
     reached = {}
     for draws in (1, 64):
         attack = apgd(Threat(linf, 0.1), steps=20, estimator=eot(draws), loss=margin)
         found = jax.jit(lambda k, attack=attack: attack(k, noisy, IMAGE, 0))(key)
-        reached[draws] = float(jnp.sum(WEIGHT * (found - 0.5)))
+        reached[draws] = float(jnp.sum(slope * (found - 0.5)))
     assert reached[64] > reached[1]
 
 
@@ -175,3 +309,5 @@ def test_bad_settings_are_refused():
         apgd(Threat(linf, 0.1), steps=0)
     with pytest.raises(UsageError, match="targets=0"):
         apgd_t(Threat(linf, 0.1), targets=0)
+    with pytest.raises(UsageError, match="steps=0"):
+        apgd_t(Threat(linf, 0.1), steps=0)

@@ -14,11 +14,15 @@ from rain_jax.types import Threat
 SMALL = {
     "apgd": lambda threat: attacks.apgd(threat, steps=5),
     "apgd_t": lambda threat: attacks.apgd_t(threat, steps=4),
+    "carlini_wagner": lambda threat: attacks.carlini_wagner(threat, steps=6, searches=2),
+    "ddn": lambda threat: attacks.ddn(threat, steps=5),
     "deepfool": lambda threat: attacks.deepfool(threat, steps=3),
     "fab": lambda threat: attacks.fab(threat, steps=3, restarts=2),
     "fab_t": lambda threat: attacks.fab_t(threat, steps=3),
     "fgsm": lambda threat: attacks.fgsm(threat),
+    "fmn": lambda threat: attacks.fmn(threat, steps=5),
     "mi_fgsm": lambda threat: attacks.mi_fgsm(threat, steps=3),
+    "multi_targeted": lambda threat: attacks.multi_targeted(threat, steps=3, targets=2),
     "nes": lambda threat: attacks.nes(threat, steps=3, draws=4),
     "noise": lambda threat: attacks.noise(threat),
     "pgd": lambda threat: attacks.pgd(threat, steps=4, restarts=2),
@@ -27,7 +31,12 @@ SMALL = {
     "square": lambda threat: attacks.square(threat, queries=20),
 }
 # The norms that an attack is defined for, where those are not all three.
-NORMS_OF = {"apgd": (linf, l2), "apgd_t": (linf, l2), "rays": (linf,), "square": (linf, l2)}
+NORMS_OF = {
+    "carlini_wagner": (linf, l2),
+    "ddn": (l2,),
+    "rays": (linf,),
+    "square": (linf, l2),
+}
 ALL = pytest.mark.parametrize("name", attacks.__all__)
 NORMS = pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
 RADIUS = {id(linf): 0.1, id(l2): 0.5, id(l1): 2.0}
@@ -47,6 +56,10 @@ def logits_fn(key, image):
     flat = image.reshape(-1, 1)
     bent = jnp.tanh(jnp.sum(flat * WEIGHTS[0], axis=0))
     return 2 * bent + jnp.sum(flat**2 * WEIGHTS[1], axis=0)
+
+
+def in_first_norm(name, radius, **bounds):
+    return Threat(NORMS_OF.get(name, (linf,))[0], radius, **bounds)
 
 
 def run(attack, count, start=0, model=logits_fn):
@@ -82,7 +95,7 @@ def test_stays_in_the_threat(name, norm):
 
 @ALL
 def test_pixel_bounds_are_the_threats_own(name):
-    threat = Threat(linf, 0.5, low=0.2, high=0.6)
+    threat = in_first_norm(name, 0.5, low=0.2, high=0.6)
     attack = SMALL[name](threat)
     found = jax.vmap(lambda k, x: attack(k, logits_fn, x, 0))(KEYS[:4], 0.2 + 0.4 * IMAGES[:4])
     assert jnp.min(found) >= jnp.float32(0.2)
@@ -91,7 +104,7 @@ def test_pixel_bounds_are_the_threats_own(name):
 
 @ALL
 def test_an_image_does_not_feel_its_neighbours(name):
-    attack = SMALL[name](Threat(linf, 0.1))
+    attack = SMALL[name](in_first_norm(name, 0.1))
     together = run(attack, 64)
     np.testing.assert_allclose(run(attack, 1), together[:1], atol=1e-6)
     np.testing.assert_allclose(run(attack, 7, 3), together[3:10], atol=1e-6)
@@ -105,9 +118,9 @@ def test_same_key_same_bits(name):
 
 @ALL
 def test_other_keys_other_starts(name):
-    if name in ("deepfool", "fab", "fab_t", "fgsm", "mi_fgsm", "rays"):
+    if name in (*attacks.MINIMUM_NORM, "fgsm", "mi_fgsm"):
         pytest.skip("starts at the image itself by default")
-    attack = SMALL[name](Threat(linf, 0.1))
+    attack = SMALL[name](in_first_norm(name, 0.1))
     one, other = (attack(k, logits_fn, IMAGES[0], 0) for k in KEYS[:2])
     assert bool(jnp.any(one != other))
 
@@ -119,17 +132,17 @@ def test_radius_may_be_a_tracer_and_costs_no_recompile(name):
     @jax.jit
     def at(radius):
         traces.append(radius)
-        return SMALL[name](Threat(linf, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
+        return SMALL[name](in_first_norm(name, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
 
     for radius in (0.02, 0.1, 0.3):
-        fixed = SMALL[name](Threat(linf, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
+        fixed = SMALL[name](in_first_norm(name, radius))(KEYS[0], logits_fn, IMAGES[0], LABELS[0])
         np.testing.assert_allclose(at(radius), fixed, atol=1e-6)
     assert len(traces) == 1
 
 
 @ALL
 def test_radius_zero_returns_the_image(name):
-    found = run(SMALL[name](Threat(linf, 0.0)), 7)
+    found = run(SMALL[name](in_first_norm(name, 0.0)), 7)
     np.testing.assert_allclose(found, IMAGES[:7], atol=1e-6)
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from rain_jax.attacks import fgsm, mi_fgsm, pgd
-from rain_jax.attacks.pgd import ascent
+from rain_jax.attacks import fgsm, mi_fgsm, multi_targeted, pgd
+from rain_jax.attacks.pgd import ascent, wrong_classes
 from rain_jax.checks import UsageError
 from rain_jax.gradients import eot
-from rain_jax.losses import cross_entropy, dlr, margin, targeted
-from rain_jax.norms import l1, l2, linf, steepest
+from rain_jax.losses import cross_entropy, dlr, kl, margin, targeted
+from rain_jax.norms import allowed, l1, l2, linf, steepest
 from rain_jax.types import Threat
 
 IMAGE = jnp.full((8, 8, 3), 0.5)
@@ -23,23 +23,84 @@ def plane(key, image):
     return jnp.stack([3.0, jnp.sum(WEIGHT * (image - 0.5))])
 
 
-def best_value(norm, radius):
-    dual = {id(linf): jnp.sum(jnp.abs(WEIGHT)), id(l2): jnp.sqrt(jnp.sum(WEIGHT**2)),
-            id(l1): jnp.max(jnp.abs(WEIGHT))}[id(norm)]  # fmt: skip
-    return radius * float(dual)
+def optimum(norm, radius, slope, image):
+    """The most that <slope, change> can be within the ball and with the image in [0, 1]."""
+    steep, slope, image = (np.asarray(x, np.float64).ravel() for x in (abs(slope), slope, image))
+    room = np.where(slope > 0, 1 - image, image)
+    if norm is linf:
+        return np.sum(steep * np.minimum(radius, room))
+    if norm is l1:  # the steepest pixels go to their bounds until the radius is spent
+        order = np.argsort(-steep)
+        spent = np.cumsum(room[order]) - room[order]
+        return np.sum(steep[order] * np.clip(radius - spent, 0, room[order]))
+    low, high = 0.0, 1e6  # along the slope, cut off at the bounds, to just within the radius
+    for _ in range(100):
+        middle = (low + high) / 2
+        inside = np.linalg.norm(np.minimum(middle * steep, room)) <= radius
+        low, high = (middle, high) if inside else (low, middle)
+    return np.sum(steep * np.minimum(low * steep, room))
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, margin, dlr], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    ("norm", "radius"), [(linf, 0.1), (l2, 0.45), (l1, 0.45)], ids=["linf", "l2", "l1"]
-)
-def test_reaches_the_optimum_on_a_plane(norm, radius, loss, key):
+def balls(*pairs):
+    return pytest.mark.parametrize(("norm", "radius"), pairs, ids=lambda x: getattr(x, "order", x))
+
+
+LARGE = [(linf, 0.7), (l2, 5.0), (l1, 4.0)]
+BALLS, BOUNDED = balls((linf, 0.1), (l2, 0.45), (l1, 0.45), *LARGE), balls(*LARGE)
+# Here some pixels are at a bound already, and in the larger balls many get there.
+UNEVEN = jax.random.uniform(jax.random.key(7), (8, 8, 3)).at[:2].set(0.0).at[6:].set(1.0)
+
+
+def climbed(attack, key, slope, image):
+    """How much of the slope the attack has climbed, on a plane where the label leads by far."""
+
+    def plane(key, x):
+        return jnp.stack([9.0, jnp.sum(slope * (x - image)), -99.0])
+
+    found = jax.jit(lambda key: attack(key, plane, image, 0))(key)
+    return float(jnp.sum(slope * (found - image)))
+
+
+@BALLS
+def test_reaches_the_optimum_on_a_plane(norm, radius, key):
     # In L2 a start across the sphere comes round only as the steps add up to several radii.
-    attack = pgd(Threat(norm, radius), steps=60, step_size=radius / 10, loss=loss)
-    found = attack(key, plane, IMAGE, 0)
-    reached = float(jnp.sum(WEIGHT * (found - 0.5)))
-    assert reached >= 0.99 * best_value(norm, radius)
-    assert reached <= best_value(norm, radius) * (1 + 1e-4)
+    attack = pgd(Threat(norm, radius), steps=100, step_size=radius / 20)
+    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(norm, radius, WEIGHT, UNEVEN)
+    assert 0.99 <= reached <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("loss", [margin, dlr], ids=lambda f: f.__name__)
+def test_whatever_the_loss(loss, key):
+    attack = pgd(Threat(linf, 0.1), steps=100, loss=loss)
+    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(linf, 0.1, WEIGHT, UNEVEN)
+    assert 0.99 <= reached <= 1 + 1e-4
+
+
+@BALLS
+def test_fgsm_is_the_best_single_step_on_a_plane(norm, radius, key):
+    reached = climbed(fgsm(Threat(norm, radius)), key, WEIGHT, UNEVEN)
+    best = optimum(norm, radius, WEIGHT, UNEVEN)
+    # In L2 it goes along the gradient and is cut off at the bounds, which is less where they bind.
+    assert reached >= (0.5 if norm is l2 else 1 - 1e-4) * best
+    assert reached <= best * (1 + 1e-4)
+
+
+@BOUNDED
+def test_turns_at_the_kink_of_two_planes(norm, radius, key):
+    """The larger of two planes: the way up the first leads onto the second, which is steeper."""
+    second = WEIGHT * jax.random.uniform(jax.random.key(8), WEIGHT.shape, minval=2.0, maxval=3.0)
+    # The first is above at the start, the second wherever the first is highest.
+    level = 0.7 * optimum(norm, radius, WEIGHT, UNEVEN)
+    best = optimum(norm, radius, second, UNEVEN) - level
+
+    def two_planes(key, x):
+        change = x - UNEVEN
+        above = jnp.maximum(jnp.sum(WEIGHT * change), jnp.sum(second * change) - level)
+        return jnp.stack([9.0, above])
+
+    attack = pgd(Threat(norm, radius), steps=100, step_size=radius / 20)
+    found = jax.jit(lambda key: attack(key, two_planes, UNEVEN, 0))(key)
+    assert 0.99 <= two_planes(key, found)[1] / best <= 1 + 1e-4
 
 
 def test_linf_reaches_the_corner_of_the_cube(key):
@@ -128,6 +189,135 @@ def test_eot_finds_the_mean_direction_of_a_random_model(key):
     assert reached[64] > 1.5 * reached[1]
 
 
+def test_adam_reaches_the_corner_however_faint_the_gradients(key):
+    def faint(key, image):
+        return 1e-9 * plane(key, image)
+
+    attack = pgd(Threat(linf, 0.1), steps=20, climber="adam", loss=margin)
+    found = attack(key, faint, IMAGE, 0)
+    np.testing.assert_allclose(found, 0.5 + 0.1 * jnp.sign(WEIGHT), atol=1e-6)
+
+
+def test_adam_shortens_steps_that_turn_back(key):
+    """Over a valley whose sides alternate, steepest steps never settle; Adam's do."""
+
+    def ridge(key, image):
+        return jnp.stack([0.0, -jnp.sum((image - 0.537) ** 2)])
+
+    def distance(climber):
+        attack = pgd(
+            Threat(linf, 0.1), steps=40, step_size=0.05, climber=climber, start="clean",
+            loss=margin, keep="last",
+        )  # fmt: skip
+        return float(jnp.max(jnp.abs(attack(key, ridge, IMAGE, 0) - 0.537)))
+
+    assert distance("adam") < distance("steepest")
+
+
+def test_a_normal_start_is_near_the_image_and_allowed(key):
+    for threat in (Threat(linf, 0.1), Threat(l2, 0.005)):
+        first = pgd(threat, steps=1, start="normal").init(key, plane, IMAGE, 0).image
+        assert 0 < jnp.max(jnp.abs(first - IMAGE)) < 0.006
+        assert allowed(threat, IMAGE, first)
+
+
+def classes(key, image):
+    """Five classes, each a plane."""
+    return PLANES @ (image - 0.5).ravel() + jnp.array([0.5, 0.3, 1.0, 0.0, 0.2])
+
+
+PLANES = jax.random.normal(jax.random.key(4), (5, 192))
+
+
+@pytest.mark.parametrize("start", ["uniform", "normal"])
+def test_kl_moves_away_from_the_clean_prediction_whatever_the_label(start, key):
+    """On a plane that is to either corner, by the side that the start is on."""
+    attack = pgd(Threat(linf, 0.1), steps=10, loss=kl, start=start, keep="last")
+    run = jax.jit(jax.vmap(lambda k, label: attack(k, plane, IMAGE, label), (0, None)))
+    keys = jax.random.split(key, 16)
+    found = run(keys, 0)
+    np.testing.assert_array_equal(found, run(keys, 1))
+    starts = [attack.init(k, plane, IMAGE, 0).image for k in keys]
+    sides = jnp.array([jnp.sign(jnp.sum(WEIGHT * (x - 0.5))) for x in starts])
+    corner = 0.5 + 0.1 * sides[:, None, None, None] * jnp.sign(WEIGHT)[None]
+    np.testing.assert_allclose(found, corner, atol=1e-6)
+    assert set(sides.tolist()) == {-1.0, 1.0}
+
+
+def test_kl_compares_with_the_mean_prediction_of_a_random_model(key):
+    def random(key, image):
+        return classes(key, image) + jax.random.normal(key, (5,))
+
+    attack = pgd(Threat(linf, 0.05), steps=1, loss=kl, estimator=eot(2000))
+    against = attack.init(key, random, IMAGE, 0).against
+    np.testing.assert_allclose(against, classes(key, IMAGE), atol=0.1)
+
+
+def test_kl_is_not_started_where_it_has_no_gradient():
+    for make in (
+        fgsm,
+        mi_fgsm,
+        lambda threat, loss: pgd(threat, steps=2, loss=loss, start="clean"),
+    ):
+        with pytest.raises(UsageError, match="start='clean'"):
+            make(Threat(linf, 0.1), loss=kl)
+
+
+def test_wrong_classes_come_in_order_and_without_the_label():
+    logits = jnp.array([0.5, 3.0, -1.0, 2.0])
+    np.testing.assert_array_equal(wrong_classes(logits, 1), [3, 0, 2])
+    np.testing.assert_array_equal(wrong_classes(logits, 2), [1, 3, 0])
+
+
+@pytest.mark.parametrize(("goal", "reached"), [("likeliest", 0), ("least_likely", 3)])
+@pytest.mark.parametrize("loss", [cross_entropy, margin], ids=lambda f: f.__name__)
+def test_a_goal_is_reached(goal, reached, loss, key):
+    attack = pgd(Threat(linf, 0.2), steps=20, goal=goal, loss=loss, keep="last")
+    found = attack(key, classes, IMAGE, 2)
+    assert int(jnp.argmax(classes(key, found))) == reached
+
+
+def test_random_goals_are_all_the_wrong_classes(key):
+    attack = pgd(Threat(linf, 0.2), steps=1, goal="random")
+    goals = [int(attack.init(k, classes, IMAGE, 2).against) for k in jax.random.split(key, 40)]
+    assert set(goals) == {0, 1, 3, 4}
+
+
+@BOUNDED
+def test_multi_targeted_finds_the_optimum_over_all_classes(norm, radius, key):
+    attack = multi_targeted(Threat(norm, radius), steps=100, step_size=radius / 20)
+
+    def many(key, x):
+        return PLANES @ (x - UNEVEN).ravel() / 4
+
+    found = jax.jit(lambda key: attack(key, many, UNEVEN, 2))(key)
+    best = max(optimum(norm, radius, (PLANES[aim] - PLANES[2]) / 4, UNEVEN) for aim in (0, 1, 3, 4))
+    assert 0.99 <= margin(many(key, found), 2) / best <= 1 + 1e-4
+
+
+def decoy(key, image):
+    """Class 1 is near and nothing moves it; class 2 is behind it and can be raised above both."""
+    return jnp.stack([1.0, 0.9, 0.1 * jnp.sum(WEIGHT * (image - 0.5)) - 0.5])
+
+
+def test_multi_targeted_is_not_held_by_a_decoy(key):
+    def reached(attack):
+        found = jax.jit(lambda key: attack(key, decoy, IMAGE, 0))(key)
+        return float(margin(decoy(key, found), 0))
+
+    threat = Threat(linf, 0.2)
+    assert reached(pgd(threat, steps=20, loss=margin)) < 0
+    assert reached(multi_targeted(threat, steps=20, targets=1)) < 0  # the decoy alone
+    assert reached(multi_targeted(threat, steps=20, targets=2, restarts=2)) > 0
+
+
+@pytest.mark.parametrize(("targets", "tried"), [(9, 4), (2, 2)])
+def test_targets_are_the_likeliest_wrong_classes(targets, tried, key):
+    state = multi_targeted(Threat(linf, 0.1), steps=1, targets=targets).init(key, classes, IMAGE, 2)
+    np.testing.assert_array_equal(state.against[0], [2] * tried)
+    np.testing.assert_array_equal(state.against[1], [0, 1, 4, 3][:tried])
+
+
 def test_a_scan_and_not_an_unrolled_loop():
     """Compile time must not grow with the steps."""
 
@@ -146,8 +336,21 @@ def test_a_scan_and_not_an_unrolled_loop():
         (dict(steps=5, restarts=0), "restarts=0"),
         (dict(steps=5, start="clear"), "did you mean 'clean'"),
         (dict(steps=5, keep="lsat"), "did you mean 'last'"),
+        (dict(steps=5, goal="least_likley"), "did you mean 'least_likely'"),
+        (dict(steps=5, climber="adm"), "did you mean 'adam'"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         pgd(Threat(linf, 0.1), **settings)
+
+
+def test_bad_combinations_are_refused(key):
+    with pytest.raises(UsageError, match="norm=l2: climber='adam' expects linf"):
+        pgd(Threat(l2, 0.1), steps=5, climber="adam")
+    with pytest.raises(UsageError, match="loss='kl'"):
+        pgd(Threat(linf, 0.1), steps=5, loss=kl, goal="random")(key, classes, IMAGE, 0)
+    with pytest.raises(UsageError, match="targets=0"):
+        multi_targeted(Threat(linf, 0.1), steps=5, targets=0)
+    with pytest.raises(UsageError, match="steps=0"):
+        multi_targeted(Threat(linf, 0.1), steps=0)
