@@ -11,7 +11,9 @@ peers come with the extra `peers`.
 """
 
 import argparse
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +61,7 @@ def subject(folder: Path, images: int, random: str | None, batch_size: int) -> S
     from experiments import peers
 
     experiment = build.experiment(workdir.read_config(folder))
-    devices = place("shard_map", choose_devices(1))
+    devices = place("shard_map", choose_devices())
     source = data.first(experiment.splits.test, images)
     pixels, labels = data.resident(source)
     pixels = np.asarray(data.as_float(pixels))
@@ -177,7 +179,7 @@ def judged(what: Subject, images: np.ndarray, key: Key, draws: int = 1) -> evalu
 # --- The three comparisons --------------------------------------------------------------------
 
 
-def strength(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]]:
+def strength(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Robust accuracy under each attack, ours and the peers'."""
     from experiments import peers
 
@@ -185,9 +187,8 @@ def strength(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]
     clean = judged(what, what.images, jax.random.key(1))
     stands: dict[str, dict[str, np.ndarray]] = {}  # attack -> who ran it -> verdicts
     outside: dict[str, dict[str, int]] = {}
-    lines: list[dict[str, Any]] = []
 
-    def tell(name: str) -> None:
+    def told(name: str) -> dict[str, Any]:
         found = stands[name]
         line = {"attack": name, "images": len(clean.right), "clean": float(np.mean(clean.right))}
         for who, standing in found.items():
@@ -195,8 +196,7 @@ def strength(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]
             if who != "ours":
                 line[f"{who}_alone_breaks"] = int(np.sum(found["ours"] & ~standing))
                 line[f"ours_alone_breaks_of_{who}"] = int(np.sum(standing & ~found["ours"]))
-        lines.append({**line, "outside_the_threat": outside.get(name, {})})
-        print(json.dumps(lines[-1]), flush=True)
+        return {**line, "outside_the_threat": outside.get(name, {})}
 
     for name, members in our_attacks(what, settings).items():
         if name not in settings.attacks or name == "standard":
@@ -208,7 +208,7 @@ def strength(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]
                 verdict = judged(what, theirs(what, peer, name, settings), jax.random.key(3))
                 stands[name][peer] = evaluation.worst_case(clean, [verdict])
                 outside[name][peer] = int(np.sum(~verdict.allowed))
-        tell(name)
+        yield told(name)
     four = list(suites.standard(what.experiment.threat))
     if "standard" in settings.attacks and all(name in stands for name in four):
         # By definition: the worst case over its members. Only its time needs a run of its own.
@@ -217,11 +217,10 @@ def strength(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]
             who: np.all([stands[name][who] for name in four], axis=0)
             for who in stands[four[0]] if who in whole
         }  # fmt: skip
-        tell("standard")
-    return lines
+        yield told("standard")
 
 
-def random_model(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]]:
+def random_model(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Our `rand` suite on a model that draws, against EOT-PGD-20 of torchattacks."""
     from experiments import peers
 
@@ -240,7 +239,6 @@ def random_model(what: Subject, settings: argparse.Namespace) -> list[dict[str, 
         radius=threat.radius, steps=20, draws=draws, batch_size=what.batch_size,
         threads=settings.threads,
     )  # fmt: skip
-    lines = []
     for name, candidates, number in (
         ("clean", what.images, 50), ("ours: rand, its own figure (20 draws)", images, draws),
         ("ours: rand, 50 fresh draws", images, 50),
@@ -249,21 +247,18 @@ def random_model(what: Subject, settings: argparse.Namespace) -> list[dict[str, 
         verdict = judged(what, candidates, jax.random.key(100 + number), number)
         share = np.where(verdict.allowed, verdict.share, clean.share)
         error = np.sqrt(np.sum(share * (1 - share)) / (number - 1)) / len(share)
-        lines.append({
+        yield {
             "attack": name, "images": len(share), "draws": number,
             "accuracy_of_one_draw": float(np.mean(share)), "standard_error": float(error),
             "accuracy_of_the_mean": float(np.mean(evaluation.worst_case(clean, [verdict]))),
-        })  # fmt: skip
-        print(json.dumps(lines[-1]), flush=True)
-    return lines
+        }  # fmt: skip
 
 
-def speed(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds of ours and the peers', interleaved; ours compiled before, and that told apart."""
     from experiments import peers
 
     norm = norms.name_of(what.experiment.threat.norm)
-    lines = []
     for name, members in our_attacks(what, settings).items():
         if name not in settings.attacks:
             continue
@@ -292,9 +287,7 @@ def speed(what: Subject, settings: argparse.Namespace) -> list[dict[str, Any]]:
                 kind: [float(f(ratio[:, i])) for f in (np.median, np.min, np.max)]
                 for i, kind in enumerate(("wall", "cpu"))
             }
-        lines.append(line)
-        print(json.dumps(line, default=float), flush=True)
-    return lines
+        yield line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -319,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--radius", type=float)
     parser.add_argument("--out", type=Path)
     settings = parser.parse_args(argv)
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("PyTorch is not installed: expected pip install 'rain_jax[peers]'")
     from experiments import peers
 
     for peer in settings.peers:
@@ -331,20 +326,29 @@ def main(argv: list[str] | None = None) -> None:
         threat = what.experiment.threat._replace(radius=settings.radius)
         what = what._replace(experiment=what.experiment._replace(threat=threat))
     compare = speed if settings.speed else random_model if settings.random == "shift" else strength
-    lines = compare(what, settings)
-    columns = list(dict.fromkeys(key for line in lines for key in line if "alone" not in key))
-    print("\n" + table([[_cell(line.get(c)) for c in columns] for line in lines], columns))
     out = settings.out or settings.run / "compare.json"
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
-    write_json(out, {"asked": asked, "lines": json.loads(json.dumps(lines, default=float)),
-                     "provenance": provenance()})  # fmt: skip
+    lines: list[dict[str, Any]] = []
+    for line in compare(what, settings):
+        # Through JSON, for plain numbers; written at once, since the next one may take an hour.
+        lines.append(json.loads(json.dumps(line, default=float)))
+        print(json.dumps(lines[-1]), flush=True)
+        write_json(out, {"asked": asked, "lines": lines, "provenance": provenance()})
+    columns = list(dict.fromkeys(key for line in lines for key in line if "alone" not in key))
+    print("\n" + table([[_cell(line.get(c)) for c in columns] for line in lines], columns))
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict) and all(isinstance(v, int) for v in value.values()):
+        return " ".join(f"{k} {v}" for k, v in value.items() if v) or "none"
     if isinstance(value, dict):
         return " ".join(f"{k} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for k, v in value.items())
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
