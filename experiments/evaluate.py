@@ -253,7 +253,7 @@ def _curve(clean: evaluation.Judgement, column: Column, radius: float) -> dict[s
     return {
         "attacked": len(judgement.index),
         "found": len(found),
-        "median_distance": float(np.median(found)) if len(found) else None,
+        "median_distance_where_found": float(np.median(found)) if len(found) else None,
         "radius": radii.tolist(),
         "accuracy": evaluation.curve(clean, judgement, radii).tolist(),
     }
@@ -290,7 +290,17 @@ def evaluate(
         evaluation.proportion(flags)
         for title, flags in measured.stands.items()
     }  # fmt: skip
-    return report.Row(name, counts), sample
+    notes = tuple(_distance(title, column) for title, column in measured.distances.items())
+    return report.Row(name, counts, notes), sample
+
+
+def _distance(title: str, column: Column) -> str:
+    """What a minimum-norm attack found, in a line."""
+    lost = ~evaluation.standing(column.judgement)
+    found = f"{title} found a way to misclassify {np.sum(lost):,} of {len(lost):,} right images"
+    # Where nothing was found the distance is unknown, and larger is the fair guess.
+    distance = np.median(np.where(lost, column.judgement.distance, np.inf)) if len(lost) else np.inf
+    return f"{found}; median distance {distance:.4g}" if np.isfinite(distance) else found
 
 
 def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:

@@ -15,6 +15,7 @@ class Row(NamedTuple):
 
     model: str
     columns: dict[str, Proportion]
+    notes: tuple[str, ...] = ()  # lines below the table
 
 
 def percent(value: Proportion) -> str:
@@ -26,8 +27,10 @@ def percent(value: Proportion) -> str:
 def results_table(rows: list[Row]) -> str:
     """Models down, attacks across, per cent right of all images with Wilson's 95 % interval."""
     names = list(rows[0].columns)
-    return table([[row.model, *(percent(row.columns[n]) for n in names)] for row in rows],
-                 ["model", *names])  # fmt: skip
+    drawn = table([[row.model, *(percent(row.columns[n]) for n in names)] for row in rows],
+                  ["model", *names])  # fmt: skip
+    notes = [f"{row.model}: {note}" for row in rows for note in row.notes]
+    return "\n".join([drawn, *([""] if notes else []), *notes])
 
 
 class Sample(NamedTuple):

@@ -87,6 +87,8 @@ def test_distances_tell_the_accuracy_at_every_radius(tmp_path, variables):
         tmp_path, variables, **{"distances.fmn": dict(name="fmn", steps=30)}
     )
     assert "fmn" not in row.columns
+    (note,) = row.notes
+    assert note.startswith("fmn found a way to misclassify")
     found = record["distances"]["fmn"]
     accuracy, radius = found["accuracy"], found["radius"]
     assert accuracy == sorted(accuracy, reverse=True)
