@@ -51,7 +51,7 @@ _LOSS_CAP = 9.0
 # DeepFool looks at the boundaries between this many classes, the label's among them; the number is
 # that of the code which came with arXiv:1610.08401.
 _CANDIDATES = 10
-# Steps of "sgd" and "fgsm" as a share of the radius. On MNIST "sgd" did as well with 0.1 and 0.3.
+# Steps of "sgd" and "fgsm" as a share of the radius: our choice.
 # One step of "fgsm" must cross a boundary: its authors' 0.06 is short for some hundred images.
 _STEP = 0.2
 # How many images go through the model at once where only its logits are wanted.
@@ -104,8 +104,8 @@ def _seen(threat: Threat, image: Image, perturbation: Array) -> Image:
     """What the model is shown.
 
     Gradients are taken at this image and used as the perturbation's own. Taken through the clip,
-    the pixels at a bound in one image would have no say in what others need there: on MNIST, with
-    its black background, that lost up to seven eighths of the rate.
+    the pixels at a bound in one image would have no say in what others need there, which is
+    most of the pixels where backgrounds are black.
     """
     return jnp.clip(image + perturbation, threat.low, threat.high)
 
@@ -253,7 +253,7 @@ def uap(
       after another by construction.
     - `"sgd"` (Shafahi et al., arXiv:1811.11304): steepest steps (signs, in L-inf) of `step_size`,
       by default a fifth of the radius, up the cross-entropy of batches of `batch_size`, capped at
-      9 for each image. Batches make it the faster one; on MNIST it also hit more.
+      9 for each image. Batches make it the faster one.
 
     Where the authors' code scales a perturbation up to the L2 radius, this one is projected. The
     model sees images within the pixel bounds; the perturbation itself is not bound by them.

@@ -267,7 +267,7 @@ def test_in_l1_only_images_in_the_threat_count(key):
         found, score = attack.best(curved, state)
         assert allowed(threat, IMAGE, found)
         expected = margin(curved(key, found), 2) if inside[-1] else -jnp.inf
-        np.testing.assert_allclose(score, expected, rtol=1e-5)
+        np.testing.assert_allclose(score, expected, rtol=1e-6)
         state = step(state)
     # Three steps in each of the larger balls, and the points that they start at.
     assert inside == [False] * 8 + [True] * 4
