@@ -4,6 +4,7 @@
 `experiment` builds and checks everything. How a section becomes a call is `schema`'s business.
 """
 
+import dataclasses
 import inspect
 import math
 import types
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from experiments import settings
+from experiments import defended, ladder, looks, settings
 from experiments.schema import (
     REGISTRIES,
     call,
@@ -32,19 +33,21 @@ from rain_jax import (
     attacks,
     data,
     methods,
-    models,
     norms,
     optimisers,
     schedules,
     training,
 )
 from rain_jax.attacks import suites
-from rain_jax.checks import UsageError, nearest, one_of, pixel_distance, within
+from rain_jax.checks import UsageError, nearest, one_of, within
+from rain_jax.methods.members import side_by_side
+from rain_jax.models import upscalers
 from rain_jax.parallel import check_batch_size, choose_devices
 from rain_jax.types import (
     Attack,
     Batch,
     Image,
+    Iteration,
     Key,
     Logits,
     LogitsFn,
@@ -58,10 +61,8 @@ from rain_jax.types import (
 
 def threat(*, norm: Norm = norms.linf, radius: float) -> Threat:
     """The threat of an experiment; `radius` is in pixel values of [0, 1], measured in `norm`."""
-    # In L2 and L1 distances add up over pixels, so larger ones make sense there.
-    if norm is norms.linf:
-        return Threat(norm, pixel_distance("config.threat.radius", radius))
-    return Threat(norm, within("config.threat.radius", radius, 0.0, 1e4))
+    boundless = Threat(norm, math.inf)
+    return Threat(norm, looks.radius("config.threat.radius", radius, boundless))
 
 
 # Sections that are the arguments of one function.
@@ -72,28 +73,22 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "average": training.averaging,
     "training": settings.Training,
     "validation": settings.Validation,
+    "start": settings.Start,
+    "ensemble": settings.Ensemble,
     "evaluation": settings.Evaluation,
     "checkpoints": settings.Checkpointing,
     "parallel": settings.Parallel,
 }
 # What may be None in a config: the thing is left out.
-_OPTIONAL = ("average", "validation", "twin")
-# Where attacks stand inside other sections; those of an evaluation have names of their own.
-_NESTED_ATTACKS = (("method", "attack"), ("validation", "attack"))
+_OPTIONAL = ("average", "defence", "ensemble", "validation", "twin")
+# Sections inside sections, and the registries of their names. The attacks of an evaluation have
+# names of their own.
+_NESTED: dict[tuple[str, str], types.ModuleType] = {
+    ("method", "attack"): attacks,
+    ("validation", "attack"): attacks,
+    ("defence", "upscaler"): upscalers,
+}
 _ATTACKS_BY_NAME = ("attacks", "distances")
-
-
-def attack(where: str, spec: Any, threat: Threat) -> Attack:
-    """An attack section as an attack on `threat`."""
-    return make(where, attacks, spec, threat=threat)
-
-
-def minimum_norm(where: str, spec: Any, threat: Threat) -> Attack:
-    """An attack section as a minimum-norm attack; others are refused: they need a radius."""
-    name = spec.get("name") if isinstance(spec, dict) else None
-    if name is not None:
-        one_of(f"{where}.name", name, attacks.MINIMUM_NORM)
-    return attack(where, spec, threat)
 
 
 def _section(where: str, value: Any) -> dict[str, Any]:
@@ -126,18 +121,20 @@ def config(**sections: Any) -> ml_collections.ConfigDict:
             spec = {**{section: {} for section in _ATTACKS_BY_NAME}, **spec}
         function = _CALLS.get(name)
         whole[name] = filled(function, spec) if function else filled_member(REGISTRIES[name], spec)
-    for section, key in _NESTED_ATTACKS:
+    for (section, key), registry in _NESTED.items():
         if (whole[section] or {}).get(key) is not None:
-            whole[section][key] = filled_member(attacks, whole[section][key])
-    looks = whole["evaluation"]
+            whole[section][key] = filled_member(registry, whole[section][key])
+    evaluation = whole["evaluation"]
     for section in _ATTACKS_BY_NAME:
-        if isinstance(looks.get(section), dict):
+        if isinstance(evaluation.get(section), dict):
             # A column set to None on the command line is a column less.
-            columns = {k: v for k, v in looks[section].items() if v is not None}
-            looks[section] = {k: filled_member(attacks, v) for k, v in columns.items()}
-    if isinstance(looks.get("suite"), str):
-        looks["suite"] = {"name": looks["suite"]}
-    looks["suite"] = filled_member(suites, looks.get("suite"))
+            columns = {k: v for k, v in evaluation[section].items() if v is not None}
+            evaluation[section] = {k: filled_member(attacks, v) for k, v in columns.items()}
+    if isinstance(evaluation.get("suite"), str):
+        evaluation["suite"] = {"name": evaluation["suite"]}
+    evaluation["suite"] = filled_member(suites, evaluation.get("suite"))
+    if isinstance(evaluation.get("ladder"), dict):
+        evaluation["ladder"] = filled(ladder.Ladder, evaluation["ladder"])
     # Not type-safe in ml_collections' sense, which knows the types of values (60 epochs, so never
     # half of one); the signatures know better, and `experiment` asks them.
     return ml_collections.ConfigDict(whole, type_safe=False)
@@ -147,7 +144,9 @@ def _registry_at(path: Sequence[str]) -> types.ModuleType | None:
     """The registry that the `name` in the section at `path` is looked up in, if in any."""
     path = tuple(path[1:] if path[:1] == ["twin"] else path)
     named = len(path) == 3 and path[0] == "evaluation" and path[1] in _ATTACKS_BY_NAME
-    if path in _NESTED_ATTACKS or named:
+    if path in _NESTED:
+        return _NESTED[path]
+    if named:
         return attacks
     if path == ("evaluation", "suite"):
         return suites
@@ -211,18 +210,21 @@ class Experiment(NamedTuple):
     config: dict[str, Any]
     seed: int
     splits: data.Splits
-    network: Network
+    network: Network  # as it is deployed: with its defence, where it has one
+    assembly: defended.Assembly  # what it is made of
     threat: Threat
     objective: Objective
     optimiser: Callable[[int, int], optax.GradientTransformation]  # of steps, steps per epoch
     average: Callable[[int, int], training.Averaging | None]
     augment: settings.Augment
     training: settings.Training
+    start: settings.Start
     validation: settings.Validation | None
     validation_attack: Attack | None
     evaluation: settings.Evaluation
-    attacks: dict[str, Attack]
+    looks: dict[str, looks.Look]  # the columns of the evaluation
     distances: dict[str, Attack]
+    ladder: ladder.Ladder | None  # whose rungs are among the looks
     checkpoints: settings.Checkpointing
     parallel: settings.Parallel
 
@@ -238,34 +240,21 @@ def experiment(whole: Any) -> Experiment:
     the_threat: Threat = call("config.threat", threat, spec["threat"])
     parts = {
         name: call(f"config.{name}", _CALLS[name], spec[name])
-        for name in ("augment", "training", "evaluation", "checkpoints", "parallel")
+        for name in ("augment", "training", "evaluation", "checkpoints", "parallel", "start")
     }
+    group = spec["ensemble"]
+    if group is not None:
+        group = call("config.ensemble", settings.Ensemble, group)
     validation = None
     validation_attack = None
     if spec["validation"] is not None:
         validation = call("config.validation", settings.Validation, spec["validation"])
         if validation.attack is not None:
-            validation_attack = attack("config.validation.attack", validation.attack, the_threat)
-    columns = {
-        name: attack(f"config.evaluation.attacks.{name}", column, the_threat)
-        for name, column in parts["evaluation"].attacks.items()
-    }
-    # Configs come sorted by name; what costs fewer steps should spare the others work.
-    columns = dict(sorted(columns.items(), key=lambda item: getattr(item[1], "steps", 0)))
-    if parts["evaluation"].suite is not None:
-        where = "config.evaluation.suite"
-        for name, member in make(
-            where, suites, parts["evaluation"].suite, threat=the_threat
-        ).items():
-            if name in columns:
-                raise UsageError(f"config.evaluation.attacks.{name}: expected another name: the "
-                                 "suite has a column of this one")  # fmt: skip
-            columns[name] = member
-    boundless = the_threat._replace(radius=math.inf)
-    distances = {
-        name: minimum_norm(f"config.evaluation.distances.{name}", column, boundless)
-        for name, column in parts["evaluation"].distances.items()
-    }
+            validation_attack = looks.attack(
+                "config.validation.attack", validation.attack, the_threat
+            )
+    columns = looks.columns(parts["evaluation"], the_threat)
+    distances = looks.distances(parts["evaluation"], the_threat)
 
     def optimiser(steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
         rate = make("config.schedule", schedules, spec["schedule"],
@@ -278,7 +267,24 @@ def experiment(whole: Any) -> Experiment:
         return call("config.average", training.averaging, spec["average"],
                     total_steps=steps, steps_per_epoch=steps_per_epoch)  # fmt: skip
 
-    def objective_of(network: Network) -> Objective:
+    def assembled(classes: int) -> defended.Assembly:
+        sections = {"network": spec["network"], "defence": spec["defence"]}
+        built = defended.assembly({**sections, "start": parts["start"], "ensemble": group}, classes)
+        for name, look in columns.items():
+            if look.through is None or look.through.startswith(defended.RUN):
+                continue
+            try:
+                built.through(look.through)
+            except UsageError as error:
+                where = f"config.evaluation.attacks.{name}"
+                raise located(where, error, ("through",)) from None
+        return built
+
+    def objective_of(assembly: defended.Assembly) -> Objective:
+        objectives = [one_objective(network) for network in assembly.members]
+        return side_by_side(objectives) if assembly.together else objectives[0]
+
+    def one_objective(network: Network) -> Objective:
         method = dict(spec["method"])
         given: dict[str, Any] = {"network": network, "threat": the_threat}
         name = method.get("name")
@@ -286,14 +292,14 @@ def experiment(whole: Any) -> Experiment:
         if maker is not None and "attack" in inspect.signature(maker).parameters:
             if "attack" not in method:
                 raise UsageError(f"config.method.attack is missing: {name} needs it")
-            given["attack"] = attack("config.method.attack", method.pop("attack"), the_threat)
+            given["attack"] = looks.attack("config.method.attack", method.pop("attack"), the_threat)
         return make("config.method", methods, method, **given)
 
     # Built once on made-up lengths and classes, so that a mistake is met now and not after a large
     # data set has been opened.
     optimiser(10**6, 10**3)
     average(10**6, 10**3)
-    objective_of(make("config.network", models, spec["network"], classes=10))
+    objective_of(assembled(10))
 
     splits: data.Splits = call("config.data", data.load, spec["data"])
     if parts["training"].batch_size > splits.train.size:
@@ -313,11 +319,20 @@ def experiment(whole: Any) -> Experiment:
         )
     plan = parts["training"].plan(splits.train.size)
     optimiser(plan.total, plan.per_epoch)
-    network = make("config.network", models, spec["network"], classes=splits.train.classes)
+    assembly = assembled(splits.train.classes)
+    evaluation = parts["evaluation"]
+    if evaluation.draws is None:
+        evaluation = dataclasses.replace(evaluation, draws=20 if assembly.network.random else 1)
+    budget = None
+    if evaluation.ladder is not None:
+        start: settings.Start = parts["start"]
+        budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
+        columns |= ladder.rungs(budget, the_threat, assembly, start.classifier)
     built = Experiment(
-        spec, seed, splits, network, the_threat, objective_of(network), optimiser, average,
-        parts["augment"], parts["training"], validation, validation_attack, parts["evaluation"],
-        columns, distances, parts["checkpoints"], parts["parallel"],
+        spec, seed, splits, assembly.network, assembly, the_threat, objective_of(assembly),
+        optimiser, average, parts["augment"], parts["training"], parts["start"], validation,
+        validation_attack, evaluation, columns, distances, budget, parts["checkpoints"],
+        parts["parallel"],
     )  # fmt: skip
     _rehearse(built)
     return built
@@ -348,11 +363,12 @@ def _rehearse(built: Experiment) -> None:
     def logits_fn(key: Key, image: Image) -> Logits:
         return jnp.sum(image) * jnp.ones(network.classes)
 
-    for section, members in (("attacks", built.attacks), ("distances", built.distances)):
+    columns = {name: look.attack for name, look in built.looks.items()}
+    for section, members in (("attacks", columns), ("distances", built.distances)):
         specs = getattr(built.evaluation, section)
         for name, column in members.items():
             attacked = partial(_attacked, column, logits_fn)
-            # A suite's members have no section of their own.
+            # The members of a suite or of the ladder have no section of their own.
             where = (
                 f"config.evaluation.{section}.{name}"
                 if name in specs
@@ -365,7 +381,9 @@ def _rehearse(built: Experiment) -> None:
         traced("config.validation.attack", keys, attacked, key, image, label)
 
 
-def _attacked(attack: Attack, logits_fn: LogitsFn, key: Key, image: Image, label: Target) -> Image:
+def _attacked(
+    attack: Attack | Iteration, logits_fn: LogitsFn, key: Key, image: Image, label: Target
+) -> Image:
     return attack(key, logits_fn, image, label)
 
 

@@ -171,12 +171,16 @@ def run(
     main: Callable[[ml_collections.ConfigDict, Path], Any],
     config_of: Callable[[Path], dict[str, Any]] | None = None,
     argv: Sequence[str] | None = None,
+    *,
+    changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = build.changed,
 ) -> None:
     """Parses the command line, calls `main(config, workdir)` and exits with its status.
 
     2 for a mistake, told in one line; 3 for a run that diverged; 128 + signal for one that was
-    stopped and has saved its state. `config_of(workdir)` stands in where no file is named. `argv`
-    begins with the program's name, as `sys.argv` does.
+    stopped and has saved its state. `config_of(workdir)` gives the sections that
+    the file, or no file, leaves out. `argv`
+    begins with the program's name, as `sys.argv` does. `changed(config, changes)` applies what was
+    typed and completes the config, whose sections it knows.
     """
     argv = list(sys.argv if argv is None else argv)
     loud = "--traceback" in argv
@@ -197,6 +201,9 @@ def run(
         changes = _changes(rest)
         if options.config:
             config = load_config(options.config)
+            if config_of is not None and options.workdir:
+                # The file says what is looked at; what was trained, the run.
+                config = {**config_of(Path(options.workdir)), **config}
         elif config_of is None:
             raise UsageError(
                 "--config is missing: expected a file, such as experiments/configs/quickstart.py"
@@ -207,7 +214,7 @@ def run(
             raise UsageError("--workdir is missing: expected the folder of a run")
         default = Path("runs") / Path((options.config or "").split(".py:")[0]).stem
         workdir = Path(options.workdir or default)
-        main(build.changed(config, changes), workdir)
+        main(changed(config, changes), workdir)
     except UsageError as error:
         _leave(f"error: {_one_line(error)}", 2, loud)
     except Diverged as error:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, cache, evaluate, workdir
+from experiments.defended import logits_fn_of
 from experiments.logs import provenance, table, write_json
 from rain_jax import attacks, data, evaluation, norms
 from rain_jax.attacks import suites
@@ -71,7 +72,7 @@ def subject(folder: Path, images: int, random: str | None, batch_size: int) -> S
         variables, _ = evaluate.load(experiment, folder)
     network = experiment.config["network"]
     twin = peers.twin(network, jax.tree.map(np.asarray, variables))
-    of = evaluate.logits_fn_of(experiment.network)
+    of = logits_fn_of(experiment.network)
     if random == "weights":
         # It is right about everything that way, and its attacks have something to do.
         labels = np.argmax(np.asarray(_logits(of, variables, pixels)), axis=1).astype(np.int32)
@@ -217,6 +218,10 @@ def strength(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, 
             who: np.all([stands[name][who] for name in four], axis=0)
             for who in stands[four[0]] if who in whole
         }  # fmt: skip
+        # What no attack of any peer broke: few have all four.
+        stands["standard"]["peers_together"] = np.all(
+            [found for name in four for who, found in stands[name].items() if who != "ours"], axis=0
+        )
         yield told("standard")
 
 

@@ -12,36 +12,25 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, report, workdir
+from experiments import build, cache, defended, looks, proof, report, workdir
 from experiments.cli import run
+from experiments.defended import logits_fn_of
 from experiments.logs import Progress, provenance, write_json
 from rain_jax import data, evaluation, norms, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
-from rain_jax.parallel import choose_devices, initialise, place, round_up
-from rain_jax.types import Array, Attack, Batch, Key, LogitsFn, Network, PyTree, Variables
+from rain_jax.parallel import Devices, choose_devices, initialise, place, round_up
+from rain_jax.types import Batch, Key, Network, PyTree
 
 # Images in the figure.
 SHOWN = 10
-
-
-def logits_fn_of(network: Network) -> evaluation.LogitsFnOf:
-    """The network in evaluation mode as a function of its variables, one image at a time."""
-
-    def of(variables: Variables) -> LogitsFn:
-        def logits_fn(key: Key, image: Array) -> Array:
-            return network.apply(variables, image[None], train=False)[0][0]
-
-        return logits_fn
-
-    return of
 
 
 def evaluation_key(seed: int) -> Key:
@@ -49,8 +38,8 @@ def evaluation_key(seed: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
-def _counted(flags: np.ndarray) -> dict[str, Any]:
-    value = evaluation.proportion(flags)
+def _counted(right: np.ndarray) -> dict[str, Any]:
+    value = evaluation.proportion(right)
     return {
         "right": value.hits,
         "of": value.total,
@@ -81,6 +70,11 @@ class Measured(NamedTuple):
     """What was seen of one model, by column: `clean`, then the attacks."""
 
     columns: dict[str, Column]
+    random: bool  # whether verdicts are over several draws
+    checks: tuple[str, ...]  # columns of another threat, that are no part of the worst case
+    # Of a random model under several attacks: each image's worst one, judged again. Chosen and
+    # judged by the same draws, the unluckiest of many would look like the strongest.
+    worst: Column | None
     cascade: bool
     distances: dict[str, Column]  # of minimum-norm attacks, without a radius
     # The first few images with what came last to each of them, for the figure.
@@ -90,18 +84,25 @@ class Measured(NamedTuple):
 
     @property
     def stands(self) -> dict[str, np.ndarray]:
-        """Which images [N] are right under each column, and in the worst case of several.
+        """How right the model is about each image [N] in each column, and in the worst case.
 
-        In a cascade that is under this column and all before it.
+        That is whether it is, and of a random model the share of the draws. In a cascade it is
+        under this column and all before it.
         """
-        clean, *attacked = (column.judgement for column in self.columns.values())
-        names = list(self.columns)[1:]
-        found = {"clean": np.asarray(clean.right)}
-        for number, name in enumerate(names):
-            counted = attacked[: number + 1] if self.cascade else [attacked[number]]
-            found[name] = evaluation.worst_case(clean, counted)
-        if len(attacked) > 1 and not self.cascade:
-            found["worst case"] = evaluation.worst_case(clean, attacked)
+        clean = self.columns["clean"].judgement
+        counted = evaluation.shares if self.random else evaluation.worst_case
+        found = {"clean": counted(clean, [])}
+        before: list[evaluation.Judgement] = []
+        for name, column in self.columns.items():
+            if name in self.checks:
+                found[name] = counted(clean, [column.judgement])
+            elif name != "clean":
+                before.append(column.judgement)
+                found[name] = counted(clean, before if self.cascade else before[-1:])
+        if self.worst is not None:
+            found["worst case"] = counted(clean, [self.worst.judgement])
+        elif len(before) > 1 and not self.cascade:
+            found["worst case"] = counted(clean, before)
         return found
 
 
@@ -112,34 +113,60 @@ def measure(experiment: build.Experiment, variables: PyTree, name: str) -> Measu
     batch_size = round_up(settings.batch_size, devices.size)
     source = data.first(experiment.splits.test, settings.images)
     model = logits_fn_of(experiment.network)
-    rules = evaluation.Rules(experiment.threat, settings.draws, settings.eight_bit)
+    draws = settings.draws or 1
+    rules = evaluation.Rules(experiment.threat, draws, settings.eight_bit)
     boundless = rules._replace(threat=experiment.threat._replace(radius=math.inf))
     variables = devices.replicate(variables)
     cascade = settings.suite is not None if settings.cascade is None else settings.cascade
-    # Of a random model the worst mean is wanted, not the first one that is bad enough.
-    early = settings.draws == 1
 
     def column(
-        title: str, attack: Attack | None, rules: evaluation.Rules, early: bool, given: np.ndarray
+        title: str, look: looks.Look, rules: evaluation.Rules, early: bool, given: np.ndarray
     ) -> Iterator[evaluation.Verdicts]:
-        # Each attack's draws are its own, whichever others stand beside it in the config.
-        key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(title.encode()))
         batches = _only(given, data.evaluation_batches(source, batch_size))
-        if attack is None:
-            found = evaluation.as_they_are(batches)
-        else:
-            drive = evaluation.packed(attack, model, devices, batch_size=batch_size, early=early)
-            found = drive(variables, key, batches)
-        judged = evaluation.judging(model, rules, devices, batch_size=batch_size)
-        return judged(variables, key, found)
+        network, weights = climbed(look.through)
+        # Of a random model the worst mean is wanted, not the first one that is bad enough; and of
+        # another form of the model the judge may think otherwise.
+        early = early and draws == 1 and look.through is None
+        drive = evaluation.packed(
+            look.attack, logits_fn_of(network), devices, batch_size=batch_size, early=early
+        )
+        if look.threat is not None:
+            rules = rules._replace(threat=look.threat)
+        return judged(title, rules, drive(weights, key_of(title), batches))
 
-    def seen(title: str, verdicts: Iterator[evaluation.Verdicts], total: int) -> Column:
+    def climbed(through: str | None) -> tuple[Network, PyTree]:
+        if through is None:
+            return experiment.network, variables
+        if not through.startswith(defended.RUN):
+            return experiment.assembly.through(through), variables
+        folder = Path(through.removeprefix(defended.RUN))
+        other = build.experiment(workdir.read_config(folder))
+        return other.network, devices.replicate(load(other, folder)[0])
+
+    def unharmed() -> Iterator[evaluation.Found]:
+        return evaluation.as_they_are(data.evaluation_batches(source, batch_size))
+
+    def key_of(title: str) -> Key:
+        # Each attack's draws are its own, whichever others stand beside it in the config.
+        return jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(title.encode()))
+
+    def judged(
+        title: str, rules: evaluation.Rules, found: Iterable[evaluation.Found]
+    ) -> Iterator[evaluation.Verdicts]:
+        judge = evaluation.judging(model, rules, devices, batch_size=batch_size)
+        return judge(variables, key_of(title), found)
+
+    def seen(
+        title: str, verdicts: Iterator[evaluation.Verdicts], total: int, worst: _Worst | None = None
+    ) -> Column:
         began = time.monotonic()
         parts: list[tuple[evaluation.Judgement, np.ndarray, np.ndarray]] = []
         with Progress(f"{name}: {title}", total, unit="img") as bar:
             for some in verdicts:
                 parts.append((some.judgement, some.steps, some.queries))
                 bar.advance(len(some.steps))
+                if worst is not None:
+                    worst.offer(some)
                 for row, index in enumerate(some.judgement.index):
                     if index < SHOWN:
                         shown[index] = some.image[row]
@@ -155,21 +182,59 @@ def measure(experiment: build.Experiment, variables: PyTree, name: str) -> Measu
     shown = np.zeros((count, *source.shape), np.float32)
     predicted = np.zeros(count, np.int32)
     everyone = np.ones(source.size, bool)
-    columns = {"clean": seen("clean", column("clean", None, rules, early, everyone), source.size)}
+    counted = [title for title, look in experiment.looks.items() if look.threat is None]
+    again = draws > 1 and len(counted) > 1
+    worst = _Worst(source.size, source.shape) if again else None
+    columns = {"clean": seen("clean", judged("clean", rules, unharmed()), source.size, worst)}
     clean = shown.copy()
     right = standing = np.asarray(columns["clean"].judgement.right)
-    for title, attack in experiment.attacks.items():
-        given = standing if cascade else everyone
-        columns[title] = seen(title, column(title, attack, rules, early, given), int(np.sum(given)))
-        standing = evaluation.worst_case(
-            columns["clean"].judgement, [c.judgement for c in list(columns.values())[1:]]
-        )
+    for title, look in experiment.looks.items():
+        counts = title in counted
+        given = standing if cascade and counts else everyone
+        found = column(title, look, rules, True, given)
+        columns[title] = seen(title, found, int(np.sum(given)), worst if counts else None)
+        if counts:
+            standing = standing & evaluation.worst_case(
+                columns["clean"].judgement, [columns[title].judgement]
+            )
+    last = None
+    if worst is not None:
+        candidates = worst.found(data.evaluation_batches(source, batch_size))
+        last = seen("worst case", judged("worst case", rules, candidates), source.size)
     adversarial, prediction = shown.copy(), predicted.copy()
     distances = {
-        title: seen(title, column(title, attack, boundless, False, right), int(np.sum(right)))
+        title: seen(
+            title, column(title, looks.Look(attack), boundless, False, right), int(np.sum(right))
+        )
         for title, attack in experiment.distances.items()
     }
-    return Measured(columns, cascade, distances, clean, adversarial, prediction)
+    checks = tuple(title for title in experiment.looks if title not in counted)
+    return Measured(
+        columns, draws > 1, checks, last, cascade, distances, clean, adversarial, prediction
+    )
+
+
+class _Worst:
+    """Of every image the candidate that the model is least often right about."""
+
+    def __init__(self, size: int, shape: tuple[int, ...]):
+        self.image = np.zeros((size, *shape), np.float32)
+        self.share = np.full(size, np.inf, np.float32)
+        self.margin = np.full(size, -np.inf, np.float32)
+
+    def offer(self, some: evaluation.Verdicts) -> None:
+        seen = some.judgement
+        place = seen.index
+        # Of candidates that are wrong as often, the one by the larger margin.
+        nearer = (seen.share == self.share[place]) & (seen.margin > self.margin[place])
+        taken = seen.allowed & ((seen.share < self.share[place]) | nearer)
+        self.image[place[taken]] = some.image[taken]
+        self.share[place[taken]] = seen.share[taken]
+        self.margin[place[taken]] = seen.margin[taken]
+
+    def found(self, batches: Iterable[Batch]) -> Iterator[evaluation.Found]:
+        for given in evaluation.as_they_are(batches):
+            yield given._replace(image=self.image[given.batch.index])
 
 
 def _only(given: np.ndarray, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -183,7 +248,7 @@ def described(
     experiment: build.Experiment, measured: Measured, name: str, step: int
 ) -> dict[str, Any]:
     """What evaluation.json says."""
-    stands = {title: _counted(flags) for title, flags in measured.stands.items()}
+    stands = {title: _counted(share) for title, share in measured.stands.items()}
     clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
     attacks = experiment.evaluation.attacks
@@ -204,12 +269,14 @@ def described(
                 **stands[title],
                 **_told(column),
                 "settings": attacks.get(title, experiment.evaluation.suite),
+                "through": experiment.looks[title].through,
             }
             for title, column in measured.columns.items()
             if title != "clean"
         },
         "cascade": measured.cascade,
-        "worst_case": list(stands.values())[-1],
+        # The last column that is no check of another threat.
+        "worst_case": [v for title, v in stands.items() if title not in measured.checks][-1],
         "distances": {
             title: {
                 **_curve(clean.judgement, column, radius),
@@ -234,7 +301,8 @@ def _told(column: Column) -> dict[str, Any]:
         "outside_the_threat": int(np.sum(~judgement.allowed)),
         "largest_distance": float(np.max(judgement.distance)),
         "mean_margin": float(np.mean(judgement.margin)),
-        "accuracy_of_one_draw": float(np.mean(judgement.share)),
+        "accuracy_of_the_mean": float(np.mean(evaluation.standing(judgement))),
+        "accuracy_in_all_draws": float(np.mean((judgement.share == 1) | ~judgement.allowed)),
         "mean_steps": float(np.mean(column.steps)),
         "seconds": column.seconds,
     }
@@ -265,11 +333,21 @@ def evaluate(
     """Clean and attacked accuracy on the test images; writes evaluation.json and verdicts.npz."""
     check_finite(variables, f"{folder} at step {step}")
     measured = measure(experiment, variables, name)
+    proven = proven_of(experiment, measured, variables, name)
     if jax.process_index() == 0:
-        write_json(folder / "evaluation.json", described(experiment, measured, name, step))
+        record = described(experiment, measured, name, step)
+        if proven is not None:
+            record["ladder"] = proven.told()
+            if not proven.valid:
+                record["worst_case"] = None
+        write_json(folder / "evaluation.json", record)
         verdicts: dict[str, Any] = {
             f"{title}/{field}": np.asarray(value)
-            for title, column in {**measured.columns, **measured.distances}.items()
+            for title, column in {
+                **measured.columns,
+                **({} if measured.worst is None else {"worst case": measured.worst}),
+                **measured.distances,
+            }.items()
             for field, value in {
                 **column.judgement._asdict(), "steps": column.steps, "queries": column.queries
             }.items()
@@ -284,14 +362,40 @@ def evaluate(
         clean.prediction[:SHOWN],
         measured.adversarial_prediction,
     )
-    first = next(iter(experiment.attacks), None)
+    first = next(iter(experiment.looks), None)
     counts = {
         ("+ " if measured.cascade and title not in ("clean", first) else "") + title:
-        evaluation.proportion(flags)
-        for title, flags in measured.stands.items()
+        evaluation.proportion(share)
+        for title, share in measured.stands.items()
     }  # fmt: skip
     notes = tuple(_distance(title, column) for title, column in measured.distances.items())
+    if proven is not None:
+        notes += proven.notes()
+        if not proven.valid:
+            counts.pop("worst case", None)
     return report.Row(name, counts, notes), sample
+
+
+def proven_of(
+    experiment: build.Experiment, measured: Measured, variables: PyTree, name: str
+) -> proof.Proof | None:
+    """What the checks say of an evaluation that climbs the ladder; None of others."""
+    budget = experiment.ladder
+    if budget is None:
+        return None
+    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(b"proof"))
+    with Progress(f"{name}: checks", 1, unit="set") as bar:
+        seen, lines = proof.looked_into(
+            experiment, budget, devices.replicate(variables), key, devices
+        )
+        bar.advance(1)
+    accuracy = {title: float(np.mean(share)) for title, share in measured.stands.items()}
+    margins = {
+        title: float(np.mean(column.judgement.margin)) for title, column in measured.columns.items()
+    }
+    images = len(measured.columns["clean"].judgement.index)
+    return proof.Proof(proof.checks(accuracy, margins, images, seen, lines), lines)
 
 
 def _distance(title: str, column: Column) -> str:
@@ -332,17 +436,32 @@ def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
     devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
-    variables = jax.eval_shape(experiment.network.init, key, images)
+    like = jax.eval_shape(experiment.network.init, key, images)
+    average = bool(experiment.config.get("average"))
+    return load_like(folder, like, devices, average, experiment.evaluation.checkpoint)
+
+
+def load_like(
+    folder: Path,
+    variables: PyTree,
+    devices: Devices,
+    average: bool,
+    which: Literal["best", "latest"] = "best",
+) -> tuple[PyTree, int]:
+    """The same of any run, whose variables have the shapes of `variables`.
+
+    `average` says whether the run kept an average of its weights, which is then what is meant.
+    """
     params = variables["params"]
     like = {"params": params, "model_state": {k: v for k, v in variables.items() if k != "params"}}
-    if experiment.config.get("average"):
+    if average:
         like["average"] = params
     sharding = jax.sharding.NamedSharding(devices.mesh, jax.sharding.PartitionSpec())
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
     )
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        step, model = checkpoints.restore_model(like, experiment.evaluation.checkpoint)
+        step, model = checkpoints.restore_model(like, which)
     return training.variables_of(devices.to_local(model)), step
 
 

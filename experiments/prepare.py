@@ -1,4 +1,4 @@
-"""Turns the original files of MNIST, Fashion-MNIST or CIFAR-10 into a TFDS directory.
+"""Turns the original files of MNIST, Fashion-MNIST, CIFAR-10 or STL-10 into a TFDS directory.
 
     python -m experiments.prepare --dataset=mnist --source=FOLDER --data_dir=OUT
 
@@ -10,7 +10,12 @@ features and the examples of TFDS's own. FOLDER holds
   `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, each as it is or gzipped (`.gz`);
 - cifar10: `data_batch_1` .. `data_batch_5` and `test_batch`, as `.bin` (the binary version),
   without a suffix (the Python version) or as `.webp` (lossless mosaics of 500 rows by 20 columns,
-  with `labels.npy`, uint8 [60000]); also in a `cifar-10-batches-bin` or `-py` within.
+  with `labels.npy`, uint8 [60000]); also in a `cifar-10-batches-bin` or `-py` within;
+- stl10: `train_X.bin`, `train_y.bin`, `test_X.bin`, `test_y.bin`, also in an `stl10_binary` within
+  (the unlabelled images are left out);
+- stl10_part: `train_0.webp` .. `train_3.webp`, lossless mosaics of 100 rows by 10 columns of the
+  first 4,000 labelled training images, with `train_labels.npy`, uint8 [4000]. The last 1,000 of
+  them become its test images: a set of our own cut, not comparable with STL-10's.
 
 `--limit=N` writes the first N images of each split at most.
 """
@@ -22,7 +27,7 @@ import pickle
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +39,22 @@ Split = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels uint8
 
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 OBJECTS = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
+CREATURES = "airplane,bird,car,cat,deer,dog,horse,monkey,ship,truck"
 CLASSES = {
     "mnist": [str(digit) for digit in range(10)],
     "fashion_mnist": FASHION.split(","),
     "cifar10": OBJECTS.split(","),
+    "stl10": CREATURES.split(","),
+    "stl10_part": CREATURES.split(","),
 }
-VERSIONS = {"mnist": "3.0.1", "fashion_mnist": "3.0.1", "cifar10": "3.0.2"}  # those of TFDS
+VERSIONS = {  # those of TFDS, and one for our own cut
+    "mnist": "3.0.1",
+    "fashion_mnist": "3.0.1",
+    "cifar10": "3.0.2",
+    "stl10": "1.0.0",
+    "stl10_part": "1.0.0",
+}
+PART_TEST = 1000  # of the 4,000 images of stl10_part
 
 
 def read(dataset: str, source: Path, limit: int | None = None) -> dict[str, Split]:
@@ -53,7 +68,12 @@ def read(dataset: str, source: Path, limit: int | None = None) -> dict[str, Spli
         raise UsageError(
             f"source={str(source)!r}: no such folder: expected {dataset}'s files{hint}"
         )
-    splits = _read_cifar10(source, limit) if dataset == "cifar10" else _read_mnist(source)
+    readers: dict[str, Callable[[Path], dict[str, Split]]] = {
+        "cifar10": lambda folder: _read_cifar10(folder, limit),
+        "stl10": _read_stl10,
+        "stl10_part": _read_stl10_part,
+    }
+    splits = readers.get(dataset, _read_mnist)(source)
     for split, (image, label) in splits.items():
         largest = label.max(initial=0)
         if not 0 < len(image) == len(label) or largest > 9:
@@ -229,6 +249,55 @@ def _cifar_mosaic(path: Path, place: int) -> Split:
         raise UsageError(f"{labels}: no such file: expected the labels of the mosaics beside them")
     label = np.load(labels, allow_pickle=False).astype(np.uint8).reshape(6, 10_000)[place]
     return mosaic.transpose(0, 2, 1, 3, 4).reshape(10_000, 32, 32, 3), label
+
+
+def _read_stl10(source: Path) -> dict[str, Split]:
+    inner = source / "stl10_binary"
+    folder = inner if inner.is_dir() else source
+
+    def part(name: str) -> Split:
+        pixels, labels = (_bytes(folder / f"{name}_{kind}.bin") for kind in "Xy")
+        if pixels.size != labels.size * 96 * 96 * 3:
+            raise UsageError(
+                f"{folder}: damaged: {labels.size:,} labels and {pixels.size:,} bytes of pixels in "
+                f"{name}: expected 27,648 bytes for each label"
+            )
+        # Column by column, and labels from 1 on, as MATLAB has them.
+        image = pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+        return image, labels - 1
+
+    return {"train": part("train"), "test": part("test")}
+
+
+def _read_stl10_part(source: Path) -> dict[str, Split]:
+    from PIL import Image as pillow
+
+    parts = []
+    for number in range(4):
+        path = source / f"train_{number}.webp"
+        if not path.is_file():
+            raise UsageError(f"source={str(source)!r}: no {path.name}: expected it there")
+        with pillow.open(path) as picture:
+            mosaic = np.asarray(picture.convert("RGB"))
+        if mosaic.shape != (9600, 960, 3):
+            raise UsageError(f"{path}: {mosaic.shape}: expected a mosaic of 9600 rows by 960")
+        mosaic = mosaic.reshape(100, 96, 10, 96, 3)
+        parts.append(mosaic.transpose(0, 2, 1, 3, 4).reshape(1000, 96, 96, 3))
+    labels = source / "train_labels.npy"
+    if not labels.is_file():
+        raise UsageError(f"{labels}: no such file: expected the labels of the mosaics beside them")
+    image, label = np.concatenate(parts), np.load(labels, allow_pickle=False).astype(np.uint8)
+    return {
+        "train": (image[:-PART_TEST], label[:-PART_TEST]),
+        "test": (image[-PART_TEST:], label[-PART_TEST:]),
+    }
+
+
+def _bytes(path: Path) -> np.ndarray:
+    try:
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: expected one of STL-10's files") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,9 @@ import numpy as np
 from experiments.logs import table
 from rain_jax.evaluation import Proportion
 
+# Columns that fit on a line of the table.
+WIDE = 6
+
 
 class Row(NamedTuple):
     """One model's results: column name -> how many of the images."""
@@ -25,10 +28,19 @@ def percent(value: Proportion) -> str:
 
 
 def results_table(rows: list[Row]) -> str:
-    """Models down, attacks across, per cent right of all images with Wilson's 95 % interval."""
-    names = list(rows[0].columns)
-    drawn = table([[row.model, *(percent(row.columns[n]) for n in names)] for row in rows],
-                  ["model", *names])  # fmt: skip
+    """Per cent right of all images with Wilson's 95 % interval: models down, attacks across.
+
+    The other way round where there are more attacks than fit on a line.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    cells = [[percent(row.columns[n]) if n in row.columns else "" for n in names] for row in rows]
+    if len(names) <= WIDE:
+        drawn = table([[row.model, *line] for row, line in zip(rows, cells, strict=True)],
+                      ["model", *names])  # fmt: skip
+    else:
+        columns = zip(*cells, strict=True)
+        drawn = table([[name, *column] for name, column in zip(names, columns, strict=True)],
+                      ["attack", *(row.model for row in rows)])  # fmt: skip
     notes = [f"{row.model}: {note}" for row in rows for note in row.notes]
     return "\n".join([drawn, *([""] if notes else []), *notes])
 

@@ -12,16 +12,37 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from rain_jax import attacks, gradients, losses, methods, models, norms, optimisers, schedules
+import numpy as np
+
+from rain_jax import (
+    attacks,
+    defences,
+    gradients,
+    losses,
+    methods,
+    models,
+    norms,
+    optimisers,
+    schedules,
+)
 from rain_jax.checks import UsageError, nearest, one_of
-from rain_jax.types import Estimator, Loss, Norm
+from rain_jax.defences.tables import Statistics
+from rain_jax.models import upscalers
+from rain_jax.types import Defence, Estimator, Loss, Norm, Upscaler
 
 # The sections that name a maker, and the registry it is looked up in.
 REGISTRIES: dict[str, types.ModuleType] = {
     "network": models,
+    "defence": defences,
     "method": methods,
     "optimiser": optimisers,
     "schedule": schedules,
+}
+# The words of the project that a section inside a section describes.
+_MAKERS: dict[Any, types.ModuleType] = {
+    Estimator: gradients,
+    Upscaler: upscalers,
+    Defence: defences,
 }
 # What the program itself passes, and a config must therefore not.
 GIVEN = {"network", "attack", "threat", "schedule", "total_steps", "steps_per_epoch", "classes"}
@@ -46,19 +67,25 @@ def convert(where: str, value: Any, annotation: Any) -> Any:
     """`value` as `annotation` wants it, or a `UsageError` that says what was expected.
 
     Names become objects where the annotation is one of the project's words: a `Loss`, a `Norm`,
-    an `Estimator`.
+    an `Estimator`, an `Upscaler`, a `Defence`, or, from a file's, `Statistics`.
     """
     if annotation == Norm:
         return getattr(norms, one_of(where, value, norms.__all__)) if _is_name(value) else value
     if annotation == Loss:
         return getattr(losses, one_of(where, value, losses.__all__)) if _is_name(value) else value
+    if annotation in _MAKERS and isinstance(value, dict | str):
+        return make(
+            where, _MAKERS[annotation], {"name": value} if isinstance(value, str) else value
+        )
+    if annotation is Statistics and isinstance(value, str):
+        return _statistics(where, value)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        if Estimator in arguments and isinstance(value, dict | str):
-            spec = {"name": value} if isinstance(value, str) else value
-            return make(where, gradients, spec)
+        named = [kind for kind in arguments if kind in _MAKERS or kind is Statistics]
+        if named and isinstance(value, dict | str):
+            return convert(where, value, named[0])
         for kind in arguments:
             try:
                 return convert(where, value, kind)
@@ -85,6 +112,18 @@ def convert(where: str, value: Any, annotation: Any) -> Any:
         return float(value) if wanted is float else value
     except OverflowError:
         raise UsageError(f"{where}={value!r:.20}..: expected a number") from None
+
+
+def _statistics(where: str, path: str) -> Statistics:
+    """What `experiments.analyse` has written."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Statistics(**{name: file[name] for name in Statistics._fields})
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{where}={path!r}: expected a file that python -m experiments.analyse has written "
+            f"({' '.join(str(error).split())})"
+        ) from None
 
 
 def _is_name(value: Any) -> bool:
@@ -142,7 +181,7 @@ def _beside(function: Callable[..., Any]) -> list[str]:
     """The keys of a function's section that are no plain settings."""
     named = any(
         getattr(registry, name) is function
-        for registry in (attacks, gradients, *REGISTRIES.values())
+        for registry in (attacks, *_MAKERS.values(), *REGISTRIES.values())
         for name in registry.__all__
     )
     takes = inspect.signature(function).parameters

@@ -85,6 +85,39 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a defended classifier begins with, and which part of it learns.
+
+    `classifier` is the folder of a finished run, whose weights it takes; `defence` that of an
+    upscaler's, or a file `FILE.npz` with weights as their authors published them. Without either,
+    weights are random. `trained` is the part that learns; with `drift` the batch statistics of a
+    frozen classifier follow the training images, as in the code of RAIN's authors.
+    """
+
+    classifier: str | None = None
+    defence: str | None = None
+    trained: Literal["classifier", "defence", "both"] = "classifier"
+    drift: bool = False
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models that differ in one number, `defence.KEY` of `values`, and answer together.
+
+    They train side by side, each from the same start. "vote" is the majority, "mean" the mean of
+    their logits.
+    """
+
+    key: str
+    values: tuple[float, ...]
+    combine: Literal["vote", "mean"] = "vote"
+
+    def __post_init__(self) -> None:
+        if len(self.values) < 2:
+            raise UsageError(f"config.ensemble.values={self.values!r}: expected two at least")
+
+
+@dataclass(frozen=True)
 class Validation:
     """A look at the held-out images every so many epochs; the best checkpoint is chosen by it."""
 
@@ -106,18 +139,27 @@ class Evaluation:
     suite's members last), and columns tell who stands after all of them so far. `distances` maps
     names to minimum-norm attacks, which tell the accuracy at every radius.
 
-    `images` takes the first so many, all of them by default. `draws` is how often a random model
-    is asked for each verdict; `eight_bit` rounds images before they are judged, as if they had
-    been saved. `checkpoint` is the one with the best held-out score, or the last.
+    `ladder` adds the rungs of `experiments.ladder` and its checks.
+
+    An attack with `through` climbs another form of a defended model than the one that is judged:
+    a surrogate of its defence, "classifier" for the one without it, and of an ensemble "mean",
+    "margins" or "member:0"; "+" joins two, as in "cubic+margins"; "run:FOLDER" is the model of
+    another run. One with a `radius` of its own is a check, and no part of the worst case.
+
+    `images` takes the first so many, all of them by default. `draws` is how often a model is asked
+    for each verdict, by default 20 times where it is random and else once; `eight_bit` rounds
+    images before they are judged, as if they had been saved. `checkpoint` is the one with the best
+    held-out score, or the last.
     """
 
     attacks: dict[str, dict[str, Any]]
     distances: dict[str, dict[str, Any]]
     suite: dict[str, Any] | None = None
+    ladder: dict[str, Any] | None = None
     cascade: bool | None = None
     images: int | None = None
     batch_size: int = 256
-    draws: int = 1
+    draws: int | None = None
     eight_bit: bool = False
     checkpoint: Literal["best", "latest"] = "best"
 
@@ -125,7 +167,8 @@ class Evaluation:
         if self.images is not None:
             within("config.evaluation.images", self.images, 1)
         within("config.evaluation.batch_size", self.batch_size, 1)
-        within("config.evaluation.draws", self.draws, 1)
+        if self.draws is not None:
+            within("config.evaluation.draws", self.draws, 1)
         for section, names in (("attacks", self.attacks), ("distances", self.distances)):
             for name in names:
                 if name in ("clean", "worst case"):
@@ -133,7 +176,7 @@ class Evaluation:
                         f"config.evaluation.{section}.{name}: expected another name: there is a "
                         "column of this one"
                     )
-        if not (self.attacks or self.suite or self.distances):
+        if not (self.attacks or self.suite or self.ladder or self.distances):
             raise UsageError(
                 "config.evaluation.attacks={}: expected an attack at least, such as "
                 "dict(pgd=dict(name='pgd', steps=20))"

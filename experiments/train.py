@@ -9,33 +9,77 @@ started again goes on where it stopped, and ends with the same parameters.
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
-from experiments import build, cache, evaluate, report, workdir
+from experiments import build, cache, evaluate, report, settings, start, workdir
 from experiments.cli import Interrupt, Stopped, run
+from experiments.defended import logits_fn_of
 from experiments.logs import MetricsLog, Progress
 from experiments.settings import Plan
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.parallel import (
     Devices,
+    check_batch_size,
     choose_devices,
     image_keys,
     initialise,
     place,
     round_up,
 )
-from rain_jax.types import AxisName, Batch, Key, Method, PyTree
+from rain_jax.types import Array, AxisName, Batch, Key, Method, Objective, PyTree, Variables
 
 # A training set up to this many bytes of pixels is kept on every device.
 RESIDENT_BYTES = 2**30
+
+
+class Learner(Protocol):
+    """What learns: a `Network`, or anything else that begins as one does."""
+
+    @property
+    def init(self) -> Callable[[Key, Array], Variables]: ...
+
+
+class Task(Protocol):
+    """What the loop asks of an experiment: of `build.Experiment`, or of one without classes."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def splits(self) -> data.Splits: ...
+    @property
+    def network(self) -> Learner: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def optimiser(self) -> Callable[[int, int], optax.GradientTransformation]: ...
+    @property
+    def average(self) -> Callable[[int, int], training.Averaging | None]: ...
+    @property
+    def augment(self) -> settings.Augment: ...
+    @property
+    def training(self) -> settings.Training: ...
+    @property
+    def validation(self) -> settings.Validation | None: ...
+    @property
+    def checkpoints(self) -> settings.Checkpointing: ...
+    @property
+    def parallel(self) -> settings.Parallel: ...
+
+
+# A look at the held-out images: state, key, log, step -> score, larger is better.
+Validator = Callable[[training.TrainState, Key, MetricsLog, int], float]
 
 
 class Keys(NamedTuple):
@@ -53,12 +97,12 @@ def keys_of(seed: int) -> Keys:
     return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 5))
 
 
-def plan_of(experiment: build.Experiment) -> Plan:
+def plan_of(experiment: Task) -> Plan:
     """How long the experiment's run is."""
     return experiment.training.plan(experiment.splits.train.size)
 
 
-def augmented(experiment: build.Experiment, keys: Keys, step: Any, batch: Batch) -> Batch:
+def augmented(experiment: Task, keys: Keys, step: Any, batch: Batch) -> Batch:
     """The batch as floats in [0, 1], each image cropped and flipped by its own key."""
     image = data.as_float(batch.image)
     if experiment.augment.crop_padding or experiment.augment.flip:
@@ -67,7 +111,7 @@ def augmented(experiment: build.Experiment, keys: Keys, step: Any, batch: Batch)
     return batch._replace(image=image)
 
 
-def is_resident(experiment: build.Experiment) -> bool:
+def is_resident(experiment: Task) -> bool:
     """Whether the training images live on the devices."""
     source = experiment.splits.train
     feed = experiment.training.feed
@@ -76,7 +120,7 @@ def is_resident(experiment: build.Experiment) -> bool:
     )
 
 
-def make_step(experiment: build.Experiment, method: Method, plan: Plan, devices: Devices) -> Any:
+def make_step(experiment: Task, method: Method, plan: Plan, devices: Devices) -> Any:
     """The training step, one program: `(state, (shared, split)) -> (state, metrics)`."""
     resident = is_resident(experiment)
 
@@ -98,7 +142,7 @@ def make_step(experiment: build.Experiment, method: Method, plan: Plan, devices:
 
 
 def feed(
-    experiment: build.Experiment, plan: Plan, keys: Keys, devices: Devices, first: int
+    experiment: Task, plan: Plan, keys: Keys, devices: Devices, first: int
 ) -> Iterator[tuple[PyTree, PyTree]]:
     """What `make_step`'s program is fed from step `first` on: (same everywhere, split)."""
     source = experiment.splits.train
@@ -156,7 +200,7 @@ def items_of(state: training.TrainState, sums: dict[str, float]) -> tuple[PyTree
     return training.model_of(state), rest
 
 
-def no_sums(experiment: build.Experiment, method: Method, state: PyTree) -> dict[str, float]:
+def no_sums(experiment: Task, method: Method, state: PyTree) -> dict[str, float]:
     """Zeros by the names of the metrics that a step gives, and of the number of `steps`.
 
     It traces a step to know them, which is for those who have a checkpoint to read.
@@ -169,13 +213,22 @@ def no_sums(experiment: build.Experiment, method: Method, state: PyTree) -> dict
     return dict.fromkeys([*metrics, "steps"], 0.0)
 
 
-def train(experiment: build.Experiment, folder: Path, name: str) -> None:
-    """Trains to the end of the plan, from the newest checkpoint in `folder` where there is one."""
+def train(
+    experiment: Task,
+    folder: Path,
+    name: str,
+    validator_on: Callable[[Devices], Validator | None],
+    begun: Callable[[Variables, Devices], Variables] | None = None,
+) -> None:
+    """Trains to the end of the plan, from the newest checkpoint in `folder` where there is one.
+
+    Where there is none, from what `begun` makes of the variables that were drawn.
+    """
     # --- refusals, before anything is compiled
     devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
     plan = plan_of(experiment)
-    build.check_devices(experiment)
-    validator = make_validator(experiment, devices)
+    check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
+    validator = validator_on(devices)
     workdir.claim(folder, experiment.config)
 
     # --- the method and its state
@@ -184,20 +237,20 @@ def train(experiment: build.Experiment, folder: Path, name: str) -> None:
     average = experiment.average(plan.total, plan.per_epoch)
     method = training.minimise(experiment.objective, optimiser, average=average)
     images = jnp.zeros((1, *experiment.splits.train.shape), jnp.float32)
-    state = jax.jit(lambda key: method.init(experiment.network.init(key, images)))(keys.init)
-    state = devices.replicate(state)
+    variables = jax.jit(experiment.network.init)(keys.init, images)
+    state = devices.replicate(jax.jit(method.init)(variables))
     step = make_step(experiment, method, plan, devices)
 
-    settings = experiment.checkpoints
+    kept = experiment.checkpoints
     looks = experiment.validation
-    saves = plan.steps(settings.every_epochs)
+    saves = plan.steps(kept.every_epochs)
     look_every = plan.steps(looks.every_epochs) if looks and validator else 0
 
     def looking(done: int) -> bool:
         return bool(look_every) and (done % look_every == 0 or done == plan.total)
 
     with (
-        Checkpoints(folder / "checkpoints", keep=settings.keep, keep_best=settings.keep_best)
+        Checkpoints(folder / "checkpoints", keep=kept.keep, keep_best=kept.keep_best)
         as checkpoints,
         Interrupt() as interrupt,
     ):  # fmt: skip
@@ -205,6 +258,8 @@ def train(experiment: build.Experiment, folder: Path, name: str) -> None:
         if checkpoints.latest() is not None:
             sums = no_sums(experiment, method, state)
             state, sums = restored(checkpoints, state, sums, devices) or (state, sums)
+        elif begun is not None:
+            state = devices.replicate(jax.jit(method.init)(begun(variables, devices)))
         first = int(jax.device_get(state.step))
         if first:
             print(f"{name}: goes on from step {first} of {plan.total}", flush=True)
@@ -233,7 +288,9 @@ def train(experiment: build.Experiment, folder: Path, name: str) -> None:
                         sums = dict.fromkeys(sums, 0.0)
                 bar.advance(plan.batch_size)
                 if passed.due:
-                    score = validator(state, keys.validate, log, done) if looking(done) else None
+                    score = None
+                    if validator is not None and looking(done):
+                        score = validator(state, keys.validate, log, done)
                     model, rest = items_of(devices.to_global(state), sums)
                     checkpoints.save(done, model, rest, score=score)
                     if interrupt.requested(done):
@@ -242,8 +299,6 @@ def train(experiment: build.Experiment, folder: Path, name: str) -> None:
         checkpoints.wait()
         if interrupt.signal is not None:  # asked while the last step was looked at and saved
             raise Stopped(plan.total, interrupt.signal)
-    if jax.process_index() == 0:
-        report.curves(folder)
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
@@ -256,15 +311,15 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return {**{name: value / images for name, value in sums.items()}, **line}
 
 
-def make_validator(experiment: build.Experiment, devices: Devices) -> Any:
-    """`(state, key, log, step) -> score` on the held-out images, or None where there are none."""
+def make_validator(experiment: build.Experiment, devices: Devices) -> Validator | None:
+    """Robust accuracy on the held-out images, or None where there are none."""
     looks, source = experiment.validation, experiment.splits.valid
     if looks is None or source is None:
         return None
     batch_size = round_up(looks.batch_size, devices.size)
     attack = experiment.validation_attack
     programs = evaluation.evaluator(
-        evaluate.logits_fn_of(experiment.network),
+        logits_fn_of(experiment.network),
         evaluation.Rules(experiment.threat),
         {} if attack is None else {"attack": attack},
         devices,
@@ -296,7 +351,15 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     for _, experiment, _ in runs:
         build.check_devices(experiment)
     for name, experiment, place_of in runs:
-        train(experiment, place_of, name)
+        train(
+            experiment,
+            place_of,
+            name,
+            partial(make_validator, experiment),
+            partial(start.begun, experiment),
+        )
+        if jax.process_index() == 0:
+            report.curves(place_of)
     evaluate.side_by_side(runs)
 
 

@@ -5,7 +5,8 @@ computes in. Everything is written for one image and batched with `jax.vmap`; a 
 shape marks the few places where the batch itself means something.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -94,32 +95,63 @@ class Iteration(NamedTuple):
         return self.best(logits_fn, state)[0]
 
 
+DefenceApply = Callable[[Variables, Key, Image], Image]
+
+
 class Defence(NamedTuple):
-    """A transformation of the image in front of a classifier, with variables of its own."""
+    """A transformation of the image in front of a classifier, with variables of its own.
+
+    `init(key, image) -> variables`: `{"params": ...}` is what training may change, every other
+    collection is fixed, and `{}` is a defence without any. `apply(variables, key, image) -> image`
+    is what runs in earnest. How it must be attacked is part of it: the gradient of `apply` is one
+    that an attacker can use (where the function itself has none that helps, the defence brings its
+    own backward rule, BPDA), `random` says that one draw tells nothing, and `surrogates` are other
+    forms of the same function, by name, that an honest evaluation attacks through as well.
+    """
 
     init: Callable[[Key, Image], Variables]
-    apply: Callable[[Variables, Key, Image], Image]
+    apply: DefenceApply
+    random: bool = False
+    surrogates: Mapping[str, DefenceApply] = MappingProxyType({})
+
+
+class Upscaler(NamedTuple):
+    """A super-resolution network, [h, w, C] to [factor h, factor w, C], both about in [0, 1].
+
+    `init(key, image) -> variables`, `apply(variables, image) -> image`: one image, unclipped.
+    """
+
+    init: Callable[[Key, Image], Variables]
+    apply: Callable[[Variables, Image], Image]
+    factor: int
 
 
 class NetworkApply(Protocol):
     """See `Network.apply`."""
 
     def __call__(
-        self, variables: Variables, images: Array, train: bool = False, axis_name: AxisName = None
+        self,
+        variables: Variables,
+        images: Array,
+        train: bool = False,
+        axis_name: AxisName = None,
+        keys: Array | None = None,
     ) -> tuple[Array, ModelState]: ...
 
 
 class Network(NamedTuple):
     """A classifier of batches [B, H, W, C] in [0, 1], normalisation inside.
 
-    `init(key, images) -> variables`; `apply(variables, images, train, axis_name) -> (logits
+    `init(key, images) -> variables`; `apply(variables, images, train, axis_name, keys) -> (logits
     [B, K] in float32, state)`. With `train=True` batch statistics are those of `images`, taken
     over `axis_name` too where it is given, and `state` holds the running averages that follow.
+    A `random` network draws from `keys` [B], one for each image; others do without.
     """
 
     init: Callable[[Key, Array], Variables]
     apply: NetworkApply
     classes: int
+    random: bool = False
 
 
 class Batch(NamedTuple):

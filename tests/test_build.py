@@ -179,7 +179,7 @@ def test_every_default_of_every_attack_can_be_built(name):
     norm = dict(norm="l2", radius=0.5) if name == "ddn" else dict(norm="linf", radius=0.1)
     whole = small(threat=norm, evaluation=dict(attacks=dict(x=column)))
     found = json.loads(json.dumps(build.plain(whole)))
-    assert "x" in build.experiment(found).attacks
+    assert "x" in build.experiment(found).looks
 
 
 CHANGES = [
@@ -262,7 +262,7 @@ def test_another_method_keeps_the_attack_and_one_may_be_added():
 def test_columns_can_be_added_and_taken_out():
     key = "evaluation.attacks"
     changes = [(f"{key}.pgd", None), (f"{key}.weak.name", "fgsm"), (f"{key}.weak.start", "uniform")]
-    assert list(build.experiment(build.changed(small(), changes)).attacks) == ["weak"]
+    assert list(build.experiment(build.changed(small(), changes)).looks) == ["weak"]
 
 
 def test_what_a_text_on_the_command_line_means():
@@ -283,7 +283,7 @@ def test_names_become_objects():
     assert found.network.classes == 10
     assert found.optimiser(100, 10).init is not None
     assert found.average(100, 10) is None
-    assert set(found.attacks) == {"pgd"}
+    assert set(found.looks) == {"pgd"}
 
 
 def test_building_compiles_nothing():

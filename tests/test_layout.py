@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Floor of every room. Tools may use the tools below them in this list of lists, never sideways up.
 FLOORS = [
     ["types", "checks"],
-    ["losses", "norms", "gradients", "parallel", "image", "models", "data", "schedules",
+    ["losses", "norms", "gradients", "parallel", "members", "image",
+     "models", "data", "schedules",
      "optimisers", "training", "checkpoints"],
     ["attacks", "defences", "methods", "evaluation"],
 ]  # fmt: skip
@@ -17,6 +18,7 @@ FLOORS = [
 NEIGHBOURS = {
     "training": {"parallel"},
     "models": {"image"},
+    "image": {"gradients"},
 }
 # The one door to each library.
 DOORS = {

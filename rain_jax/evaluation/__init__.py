@@ -11,6 +11,7 @@ from rain_jax.evaluation.counts import (
     join,
     nobody,
     proportion,
+    shares,
     standing,
     worst_case,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "packed",
     "proportion",
     "run",
+    "shares",
     "standing",
     "worst_case",
 ]

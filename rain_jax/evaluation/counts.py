@@ -41,10 +41,28 @@ def worst_case(clean: Judgement, attacked: Iterable[Judgement]) -> np.ndarray:
     return stands
 
 
-class Proportion(NamedTuple):
-    """`hits` of `total`, with Wilson's 95 % interval for the sampling of the images."""
+def shares(clean: Judgement, attacked: Iterable[Judgement]) -> np.ndarray:
+    """How often [N] a random model is right about each image after the last attack on it.
 
-    hits: int
+    The smaller one of two such shares would be no estimate of either, since the unluckier draws
+    would win: to compare attacks, judge the worst image of each again. An image that was not
+    attacked, or that broke the rules, counts as it was.
+    """
+    found = np.asarray(clean.share, np.float32).copy()
+    for judgement in attacked:
+        rows = _rows(clean, judgement)
+        found[rows] = np.where(judgement.allowed, judgement.share, found[rows])
+    return found
+
+
+class Proportion(NamedTuple):
+    """`hits` of `total`, with Wilson's 95 % interval for the sampling of the images.
+
+    An image that is right in some draws only is a part of a hit; the interval takes it for chance,
+    and so is a little wide.
+    """
+
+    hits: float
     total: int
 
     @property
@@ -64,9 +82,10 @@ class Proportion(NamedTuple):
         return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def proportion(flags: np.ndarray) -> Proportion:
-    """How many of the flags [N] are set."""
-    return Proportion(int(np.sum(flags)), int(np.size(flags)))
+def proportion(right: np.ndarray) -> Proportion:
+    """How many of the flags [N] are set, or the sum of shares [N] in [0, 1]."""
+    hits = float(np.sum(right, dtype=np.float64))
+    return Proportion(int(hits) if hits.is_integer() else hits, int(np.size(right)))
 
 
 def curve(clean: Judgement, nearest: Judgement, radii: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def adversarial(
             batch_norm=batch_norm, axis_name=axis_name,
         )  # fmt: skip
         loss, correct, model_state = outer_loss(
-            network, params, model_state, batch, images, label_smoothing, axis_name
+            network, params, model_state, key, batch, images, label_smoothing, axis_name
         )
         moved = jnp.max(jnp.abs(images - batch.image), axis=(1, 2, 3))
         return loss, (model_state, {"correct": correct, "moved": jnp.sum(batch.valid * moved)})

@@ -26,25 +26,43 @@ from rain_jax.types import (
 
 BatchNorm = Literal["eval", "batch", "train"]
 _IMAGE_AXIS = "image"
+# Folded into a step's key where a network draws outside the attack. No image has this index, so
+# the attack, whose keys come from the indices, never shares a draw with it.
+_OUTSIDE = 2**31 - 1
 
 
 def outer_loss(
     network: Network,
     params: Params,
     model_state: ModelState,
+    key: Key,
     batch: Batch,
     images: Array,
     label_smoothing: float,
     axis_name: AxisName,
 ) -> tuple[Scalar, Scalar, ModelState]:
-    """Summed cross-entropy and number right on `images` in training mode, and the new state."""
+    """Summed cross-entropy and number right on `images` in training mode, and the new state.
+
+    `key` is that of the step: a random network draws from it, image by image.
+    """
     logits, model_state = network.apply(
-        {"params": params, **model_state}, images, train=True, axis_name=axis_name
+        {"params": params, **model_state},
+        images,
+        train=True,
+        axis_name=axis_name,
+        keys=_draws(network, key, batch),
     )
     targets = jax.vmap(lambda label: smooth(label, network.classes, label_smoothing))(batch.label)
     losses = jax.vmap(soft_cross_entropy)(logits, targets)
     right = batch.valid & (jnp.argmax(logits, -1) == batch.label)
     return jnp.sum(jnp.where(batch.valid, losses, 0.0)), jnp.sum(right * 1.0), model_state
+
+
+def _draws(network: Network, key: Key, batch: Batch) -> Array | None:
+    """Keys [B] for a random network's own draws on a batch."""
+    if not network.random:
+        return None
+    return image_keys(jax.random.fold_in(key, _OUTSIDE), batch.index)
 
 
 def attack_batch(
@@ -80,7 +98,9 @@ def attack_batch(
             variables = {"params": params, **state}
             # One image at a time, yet normalised over all of them: the batch is a named axis.
             axis = (_IMAGE_AXIS, *outer) if train else None
-            logits, _ = network.apply(variables, image[None], train=train, axis_name=axis)
+            logits, _ = network.apply(
+                variables, image[None], train=train, axis_name=axis, keys=key[None]
+            )
             return logits[0]
 
         return logits_fn
@@ -96,19 +116,23 @@ def attack_batch(
     def per_image(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         return jax.vmap(function, axis_name=_IMAGE_AXIS)
 
-    def step(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
+    def step(carry: tuple[PyTree, PyTree], number: Array) -> tuple[tuple[PyTree, PyTree], None]:
         states, model_state = carry
         if states.image.shape != batch.image.shape:
             raise UsageError("batch_norm='train': expected an attack with restarts=1")
         logits_fn = logits_fn_with(model_state)
         variables = {"params": params, **model_state}
-        after = network.apply(variables, states.image, train=True, axis_name=axis_name)[1]
+        draws = _draws(network, jax.random.fold_in(key, _OUTSIDE - 1 - number), batch)
+        after = network.apply(variables, states.image, train=True, axis_name=axis_name, keys=draws)[
+            1
+        ]
         return (per_image(lambda state: attack.step(logits_fn, state))(states), after), None
 
     logits_fn = logits_fn_with(model_state)
     start = per_image(lambda k, i, y: attack.init(k, logits_fn, i, y))
     states: PyTree = start(keys, batch.image, batch.label)
-    (states, model_state), _ = jax.lax.scan(step, (states, model_state), length=attack.steps)
+    numbers = jnp.arange(attack.steps)
+    (states, model_state), _ = jax.lax.scan(step, (states, model_state), numbers)
     logits_fn = logits_fn_with(model_state)
     found = per_image(lambda state: attack.best(logits_fn, state)[0])(states)
     return jax.lax.stop_gradient(found), model_state

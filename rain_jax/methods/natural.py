@@ -23,7 +23,7 @@ def natural(network: Network, *, label_smoothing: float = 0.0) -> Objective:
         params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         loss, correct, model_state = outer_loss(
-            network, params, model_state, batch, batch.image, label_smoothing, axis_name
+            network, params, model_state, key, batch, batch.image, label_smoothing, axis_name
         )
         return loss, (model_state, {"correct": correct})
 

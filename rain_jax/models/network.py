@@ -63,7 +63,11 @@ def network(
         return dict(module.init(key, normalise(images), train=False))
 
     def apply(
-        variables: Variables, images: Array, train: bool = False, axis_name: AxisName = None
+        variables: Variables,
+        images: Array,
+        train: bool = False,
+        axis_name: AxisName = None,
+        keys: Array | None = None,
     ) -> tuple[Array, ModelState]:
         state = {name: value for name, value in variables.items() if name != "params"}
         inputs = normalise(images)

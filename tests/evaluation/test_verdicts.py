@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import build, evaluate
+from experiments import build, defended, evaluate, looks
 from rain_jax import attacks, data, evaluation, methods, models, optimisers, training
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import Rules, verdicts
@@ -59,7 +59,7 @@ def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None
     attack = attacks.pgd(THREAT, steps=4, restarts=2) if attack is None else attack
     devices = place(mapping, choose_devices(count))
     programs = evaluation.evaluator(
-        evaluate.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
+        defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     batches = data.evaluation_batches(source, round_up(size, count))
     results = evaluation.run(
@@ -106,7 +106,7 @@ def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference
     devices = place("shard_map", choose_devices(1))
     attack = attacks.pgd(THREAT, steps=4, restarts=2)
     programs = evaluation.evaluator(
-        evaluate.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
+        defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     placed = devices.replicate(variables)
     ((found, _),) = evaluation.run(programs.attacks["pgd"], devices, placed, ROOT, [batch])
@@ -339,7 +339,7 @@ def test_cheating_is_reported_and_does_not_count(tmp_path):
     experiment = build.experiment(scope["get_config"]())
     cheat = lambda key, logits_fn, image, label: jnp.where(label % 2, image + 0.5, image)
     settings = dataclasses.replace(experiment.evaluation, attacks={"cheat": {"name": "cheat"}})
-    experiment = experiment._replace(attacks={"cheat": cheat}, evaluation=settings)
+    experiment = experiment._replace(looks={"cheat": looks.Look(cheat)}, evaluation=settings)
     variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     evaluate.evaluate(experiment, variables, tmp_path, "untrained", 0)
     found = json.loads((tmp_path / "evaluation.json").read_text())

@@ -1,0 +1,140 @@
+"""From the sections `network`, `defence`, `start` and `ensemble` to networks, and to the weights
+that they begin with.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments import settings
+from experiments.schema import make
+from rain_jax import defences, evaluation, models
+from rain_jax.checks import UsageError, nearest, one_of
+from rain_jax.defences.network import ensemble, in_front, parts_of
+from rain_jax.defences.vote import mean_logits, smallest_margins, vote_scores
+from rain_jax.types import Array, Defence, Key, LogitsFn, Network, Variables
+
+_VOTES = {"vote": vote_scores, "mean": mean_logits, "margins": smallest_margins}
+# The classifier taken out of its defence; and another run, by its folder.
+UNDEFENDED, RUN = "classifier", "run:"
+
+
+class Assembly(NamedTuple):
+    """The networks of a config: what is deployed, what its members are, what attackers climb."""
+
+    members: tuple[Network, ...]  # of an ensemble; else one
+    together: bool  # whether they are an ensemble
+    through: Callable[[str | None], Network]
+    forms: tuple[str, ...]  # what `through` takes, of the defence
+    votes: tuple[str, ...]  # and of the members of an ensemble
+
+    @property
+    def network(self) -> Network:
+        return self.through(None)
+
+
+def assembly(spec: dict[str, Any], classes: int) -> Assembly:
+    """Builds what the sections describe."""
+    classifier: Network = make("config.network", models, spec["network"], classes=classes)
+    start: settings.Start = spec["start"]
+    group: settings.Ensemble | None = spec["ensemble"]
+    if spec["defence"] is None:
+        for where, given in ("ensemble", group), ("start.defence", start.defence):
+            if given is not None:
+                raise UsageError(f"config.{where}: expected config.defence beside it")
+        return Assembly((classifier,), False, lambda words: _plain(classifier, words), (), ())
+
+    fronts = [make("config.defence", defences, one) for one in _sections(spec["defence"], group)]
+
+    def member(front: Defence, words: str | None) -> Network:
+        if words == UNDEFENDED:
+            return without(classifier)
+        return in_front(front, classifier, trained=start.trained, drift=start.drift, through=words)
+
+    def through(words: str | None) -> Network:
+        form, vote = _parsed(words, tuple(fronts[0].surrogates), group)
+        networks = [member(front, form) for front in fronts]
+        if group is None:
+            return networks[0]
+        if vote.startswith("member:"):
+            number = int(vote.removeprefix("member:"))
+            return ensemble(networks, lambda logits: logits[number])
+        return ensemble(networks, _VOTES[vote])
+
+    return Assembly(
+        tuple(member(front, None) for front in fronts),
+        group is not None,
+        through,
+        (UNDEFENDED, *fronts[0].surrogates),
+        _votes(group),
+    )
+
+
+def without(classifier: Network) -> Network:
+    """The classifier alone, as a function of the variables of the defended one."""
+
+    def apply(
+        variables: Variables, images: Array, train: bool = False, axis_name: Any = None,
+        keys: Array | None = None,
+    ) -> Any:  # fmt: skip
+        own = parts_of(variables)["classifier"]
+        return classifier.apply(own, images, train, axis_name, keys)[0], variables["frozen"]
+
+    return Network(classifier.init, apply, classifier.classes)
+
+
+def _plain(classifier: Network, words: str | None) -> Network:
+    if words is not None:
+        raise UsageError(f"through={words!r}: expected None: there is no defence")
+    return classifier
+
+
+def _sections(defence: dict[str, Any], group: settings.Ensemble | None) -> list[dict[str, Any]]:
+    """The defence's section of every member."""
+    if group is None:
+        return [defence]
+    key = group.key.removeprefix("defence.")
+    if key == group.key or key not in defence:
+        keys = [f"defence.{name}" for name in defence if name != "name"]
+        raise UsageError(
+            f"config.ensemble.key={group.key!r}: expected one of {', '.join(keys)}"
+            f"{nearest(group.key, keys)}"
+        )
+    return [{**defence, key: value} for value in group.values]
+
+
+def _parsed(
+    words: str | None, surrogates: tuple[str, ...], group: settings.Ensemble | None
+) -> tuple[str | None, str]:
+    """(form of the defence, how members are combined) that `words` name."""
+    form: str | None = None
+    vote: str = "vote" if group is None else group.combine
+    attacked = _votes(group)
+    for word in [] if words is None else words.split("+"):
+        one_of("through", word, (UNDEFENDED, *surrogates, *attacked))
+        if word in attacked:
+            vote = word
+        else:
+            form = word
+            # Who goes through a surrogate climbs something smooth, unless told otherwise.
+            vote = "mean" if vote == "vote" else vote
+    return form, vote
+
+
+def _votes(group: settings.Ensemble | None) -> tuple[str, ...]:
+    """The ways to attack an ensemble."""
+    if group is None:
+        return ()
+    return ("mean", "margins", *(f"member:{m}" for m in range(len(group.values))))
+
+
+def logits_fn_of(network: Network) -> evaluation.LogitsFnOf:
+    """The network in evaluation mode as a function of its variables, one image at a time."""
+
+    def of(variables: Variables) -> LogitsFn:
+        def logits_fn(key: Key, image: Array) -> Array:
+            keys = key[None] if network.random else None
+            return network.apply(variables, image[None], train=False, keys=keys)[0][0]
+
+        return logits_fn
+
+    return of

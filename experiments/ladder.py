@@ -1,0 +1,127 @@
+"""The ladder of adaptive attacks on a defended model.
+
+    python -m experiments.evaluate --config=experiments/configs/ladder.py --workdir=RUN
+
+From what does not know the defence to what knows all of it. The rungs follow from what the defence
+declares: every surrogate is climbed, a random model is attacked in expectation, an ensemble member
+by member, too. The worst case over all rungs is the number, if the checks (`proof`) say that the
+attacks worked at all (Athalye et al., arXiv:1802.00420; Carlini et al., arXiv:1902.06705; Tramer et
+al., arXiv:2002.08347).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.defended import RUN, UNDEFENDED, Assembly
+from experiments.looks import Look
+from rain_jax import attacks, norms
+from rain_jax.attacks import suites
+from rain_jax.checks import UsageError, within
+from rain_jax.gradients import eot
+from rain_jax.losses import cross_entropy, margin
+from rain_jax.types import Iteration, Threat
+
+# What knows nothing of the defence; what sees no gradient; what is no attack.
+OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", "gray"), ("square", "rays"), ("noise", "far")
+# A radius at which every image can be made any other, or as many times the threat's in L2 and L1.
+FAR, FAR_TIMES = 64 / 255, 8.0
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How much each rung may spend.
+
+    Steps are of `radius / 10`, `draws` those of a random model in each step, `restarts` those of
+    the attack that does without draws (of twice the steps and half their size). `sweep_draws` and
+    `sweep_steps` show how accuracy falls with either, empty for none. `surrogates` names the forms
+    of the defence that are climbed, all by default. `elsewhere` is the folder of a run of the same
+    config with another seed, whose adversarial images are tried.
+    """
+
+    steps: int = 100
+    draws: int = 20
+    restarts: int = 5
+    queries: int = 5000
+    answers: int = 10
+    sweep_draws: tuple[int, ...] = (1, 5, 20)
+    sweep_steps: tuple[int, ...] = (10, 50, 100)
+    surrogates: tuple[str, ...] | None = None
+    elsewhere: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "draws", "restarts", "queries", "answers"):
+            within(f"config.evaluation.ladder.{name}", getattr(self, name), 1)
+        for name in ("sweep_draws", "sweep_steps"):
+            within(f"config.evaluation.ladder.{name}", getattr(self, name) or 1, 1)
+
+
+def rungs(
+    ladder: Ladder, threat: Threat, assembly: Assembly, before: str | None = None
+) -> dict[str, Look]:
+    """The attacks of the ladder on a model, in the order in which they are climbed.
+
+    `before` is the folder of the run that the classifier began with, whose model knows nothing of
+    the defence; without one that is the classifier taken out of it.
+    """
+    random = assembly.network.random
+    inexact = eot(ladder.draws) if random else None
+    size = threat.radius / 10
+
+    def pgd(steps: int, on: Threat = threat, **more: Any) -> Iteration:
+        return attacks.pgd(on, steps=steps, step_size=on.radius / 10, **more)
+
+    undefended = UNDEFENDED if before is None else f"{RUN}{before}"
+    found = {
+        "noise": Look(attacks.noise(threat)),
+        "transfer": Look(pgd(40), undefended),
+        "fgsm": Look(attacks.fgsm(threat, estimator=inexact)),
+        "pgd": Look(
+            attacks.pgd(
+                threat, steps=2 * ladder.steps, step_size=size / 2, restarts=ladder.restarts
+            )
+        ),
+    }
+    gray = "gray" if "gray" in assembly.forms else UNDEFENDED
+    if gray != undefended:
+        found["gray"] = Look(pgd(40), gray)
+    if random:
+        for name, loss in ("eot_ce", cross_entropy), ("eot_margin", margin):
+            found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=loss))
+        found |= {
+            name: Look(member)
+            for name, member in suites.rand(threat, steps=ladder.steps, draws=ladder.draws).items()
+        }
+    elif threat.norm is not norms.l1:
+        whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
+        found |= {name: Look(member) for name, member in whole.items() if name != "square"}
+    for name in _surrogates(ladder, assembly):
+        # A surrogate that takes the randomness out needs no draws, and is not told of it.
+        found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
+    for name in assembly.votes:
+        found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
+    if ladder.elsewhere is not None:
+        found["elsewhere"] = Look(
+            pgd(ladder.steps, estimator=inexact, loss=margin, keep="last"),
+            f"{RUN}{ladder.elsewhere}",
+        )
+    if threat.norm is not norms.l1:
+        answers = ladder.answers if random else 1
+        found["square"] = Look(attacks.square(threat, queries=ladder.queries, answers=answers))
+    if threat.norm is norms.linf:
+        found["rays"] = Look(attacks.rays(threat, queries=ladder.queries))
+    far = FAR if threat.norm is norms.linf else FAR_TIMES * threat.radius
+    distant = threat._replace(radius=far)
+    found["far"] = Look(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
+    return found
+
+
+def _surrogates(ladder: Ladder, assembly: Assembly) -> tuple[str, ...]:
+    known = tuple(f for f in assembly.forms if f not in (UNDEFENDED, "gray"))
+    if ladder.surrogates is None:
+        return known
+    for name in ladder.surrogates:
+        if name not in known:
+            raise UsageError(
+                f"config.evaluation.ladder.surrogates={name!r}: expected some of {', '.join(known)}"
+            )
+    return ladder.surrogates

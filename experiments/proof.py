@@ -1,0 +1,245 @@
+"""Whether the attacks of a ladder worked: a number whose checks fail measures nothing."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build, defended
+from experiments.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS, Ladder
+from rain_jax import attacks, data, evaluation
+from rain_jax.gradients import eot, exact
+from rain_jax.losses import margin
+from rain_jax.parallel import Devices, image_keys, round_up
+from rain_jax.types import Array, Batch, Estimator, Iteration, Key, LogitsFn, PyTree
+
+# Accuracy that may be left at the far radius, and images that may have no gradient.
+LEFT, SILENT = 0.02, 0.01
+# Standard errors by which a comparison may be off.
+SLACK = 2.0
+# Images whose gradients are looked at, and with which the sweep is made.
+LOOKED_AT = 256
+
+
+class Check(NamedTuple):
+    """A thing that is so where the attacks work, and whether it is."""
+
+    name: str
+    passed: bool
+    told: str
+
+
+class Proof(NamedTuple):
+    """The checks of a ladder, and the sweep over draws and steps."""
+
+    checks: list[Check]
+    sweep: list[dict[str, Any]]
+
+    @property
+    def valid(self) -> bool:
+        """Whether the number may be printed."""
+        return all(check.passed for check in self.checks)
+
+    def told(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        return {
+            "valid": self.valid,
+            "checks": [check._asdict() for check in self.checks],
+            "sweep": self.sweep,
+        }
+
+    def notes(self) -> tuple[str, ...]:
+        """For people: the checks, and in which way the number is void if it is."""
+        lines = [f"{'ok  ' if c.passed else 'FAILS'} {c.name}: {c.told}" for c in self.checks]
+        if not self.valid:
+            lines.append("no worst case is given: the attacks did not work as they should")
+        return tuple(lines)
+
+
+class Slopes(NamedTuple):
+    """Of each image [N]: the gradient's length, and the cosine of two of independent draws."""
+
+    length: Any
+    cosine: Any
+
+
+def slopes(estimator: Estimator, logits_fn: LogitsFn, key: Key, batch: Batch) -> Slopes:
+    """The margin's gradient as attacks see it, twice; for one batch, inside a program."""
+
+    def one(key: Key, image: Array, label: Array) -> tuple[Array, Array]:
+        estimate = estimator(lambda k, x: (margin(logits_fn(k, x), label), None))
+        first, second = (estimate(k, image)[1].ravel() for k in jax.random.split(key))
+        product = jnp.linalg.norm(first) * jnp.linalg.norm(second)
+        cosine = jnp.dot(first, second) / jnp.where(product > 0, product, 1.0)
+        return jnp.linalg.norm(first), cosine
+
+    image = data.as_float(batch.image)
+    return Slopes(*jax.vmap(one)(image_keys(key, batch.index), image, batch.label))
+
+
+def sweep(
+    attack_of: Callable[[int], Iteration],
+    logits_fn_of: evaluation.LogitsFnOf,
+    judge: Callable[..., Iterable[evaluation.Verdicts]],
+    variables: PyTree,
+    key: Key,
+    batches: list[Batch],
+    draws: tuple[int, ...],
+    steps: tuple[int, ...],
+) -> list[dict[str, Any]]:
+    """Accuracy for each number of draws and of steps, by one program for each number of draws.
+
+    The run of so many steps is the first part of the longest, so `attack_of(draws)` must not turn
+    on how many steps it will have.
+    """
+    lines = []
+    for number in draws:
+        begin, advance, best = stages(attack_of(number), logits_fn_of)
+        found: dict[int, list[evaluation.Found]] = {stop: [] for stop in sorted(steps)}
+        for batch in batches:
+            (clean,) = evaluation.as_they_are([batch])
+            image = jnp.asarray(clean.image)
+            keys = image_keys(jax.random.fold_in(key, number), jnp.asarray(clean.batch.index))
+            states = begin(variables, keys, image, jnp.asarray(clean.batch.label))
+            done = 0
+            for stop in found:
+                states = advance(variables, states, stop - done)
+                done = stop
+                found[stop].append(clean._replace(image=np.asarray(best(variables, states))))
+        for stop, some in found.items():
+            verdicts = evaluation.join([v.judgement for v in judge(variables, key, some)])
+            share = np.where(verdicts.allowed, verdicts.share, 1.0)
+            lines.append({"draws": number, "steps": stop, "accuracy": float(np.mean(share))})
+    return lines
+
+
+def stages(attack: Iteration, logits_fn_of: evaluation.LogitsFnOf) -> tuple[Any, Any, Any]:
+    """An attack that stops along the way: `(begin, advance, best)`, each a program for a batch.
+
+    `advance(variables, states, steps)` takes a traced number of steps, so that every stop is the
+    same program.
+    """
+
+    @jax.jit
+    def begin(variables: PyTree, keys: Key, images: Array, labels: Array) -> PyTree:
+        logits_fn = logits_fn_of(variables)
+        return jax.vmap(lambda k, x, y: attack.init(k, logits_fn, x, y))(keys, images, labels)
+
+    @partial(jax.jit, donate_argnums=1)
+    def advance(variables: PyTree, states: PyTree, steps: Array) -> PyTree:
+        step = jax.vmap(lambda state: attack.step(logits_fn_of(variables), state))
+        return jax.lax.fori_loop(0, steps, lambda _, states: step(states), states)
+
+    @jax.jit
+    def best(variables: PyTree, states: PyTree) -> Array:
+        return jax.vmap(lambda state: attack.best(logits_fn_of(variables), state)[0])(states)
+
+    return begin, advance, best
+
+
+def checks(
+    accuracy: Mapping[str, float],
+    margins: Mapping[str, float],
+    images: int,
+    seen: Slopes,
+    lines: Iterable[Mapping[str, Any]] = (),
+) -> list[Check]:
+    """What must be so before a number is printed.
+
+    `accuracy` is by rung, "clean" among them, and so are the mean `margins`; `lines` are a sweep's.
+    """
+    slack = SLACK * float(np.sqrt(0.5 / images))  # of a difference of two proportions, at most
+    others = (*OBLIVIOUS, *BLACK_BOX, *CONTROLS, "clean", "worst case")
+    strongest = min((name for name in accuracy if name not in others), key=accuracy.__getitem__)
+    lowest = accuracy[strongest]
+    found = [
+        Check(
+            f"{other} is no better than white-box",
+            lowest <= accuracy[other] + slack,
+            f"{strongest} {100 * lowest:.1f} %, {other} {100 * accuracy[other]:.1f} %",
+        )
+        for other in (*BLACK_BOX, *OBLIVIOUS, "noise")
+        if other in accuracy
+    ]
+    left = accuracy["far"]
+    found.append(Check("nothing stands far away", left <= LEFT, f"{100 * left:.1f} % left"))
+    rise = margins[strongest] - margins["clean"]
+    found.append(Check("the margin rises", rise > 0, f"by {rise:.3g} on average, by {strongest}"))
+    silent = float(np.mean(~(np.asarray(seen.length) > 0)))
+    cosine = float(np.mean(seen.cosine))
+    found.append(
+        Check(
+            "images have gradients",
+            silent <= SILENT,
+            f"{100 * silent:.1f} % without one; cosine of two independent estimates {cosine:.2f}",
+        )
+    )
+    lines = list(lines)
+    weaker = [
+        (less, more)
+        for less in lines
+        for more in lines
+        if more["draws"] >= less["draws"]
+        and more["steps"] >= less["steps"]
+        and more["accuracy"] > less["accuracy"] + slack
+    ]
+    if lines:
+        told = [
+            f"{less['draws']} x {less['steps']} leaves {100 * less['accuracy']:.1f} %, "
+            f"{more['draws']} x {more['steps']} {100 * more['accuracy']:.1f} %"
+            for less, more in weaker
+        ]
+        found.append(
+            Check(
+                "more draws or steps do not weaken the attack",
+                not weaker,
+                told[0] if told else f"in {len(lines)} cells",
+            )
+        )
+    return found
+
+
+def looked_into(
+    experiment: build.Experiment,
+    budget: Ladder,
+    variables: PyTree,
+    key: Key,
+    devices: Devices,
+) -> tuple[Slopes, list[dict[str, Any]]]:
+    """The gradients of some test images, and the sweep on the same ones."""
+    of = defended.logits_fn_of(experiment.network)
+    size = round_up(min(experiment.evaluation.batch_size, LOOKED_AT), devices.size)
+    limit = min(LOOKED_AT, experiment.evaluation.images or LOOKED_AT)
+    source = data.first(experiment.splits.test, limit)
+    batches = list(data.evaluation_batches(source, size))
+    random = experiment.network.random
+    estimator = eot(budget.draws) if random else exact()
+    program = jax.jit(lambda v, batch: slopes(estimator, of(v), key, batch))
+    parts = []
+    for batch in batches:
+        seen = program(variables, batch)
+        parts.append(
+            jax.tree.map(lambda leaf, v=batch.valid: np.asarray(leaf)[np.asarray(v)], seen)
+        )
+    seen = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    if not (budget.sweep_draws and budget.sweep_steps):
+        return seen, []
+
+    draws = experiment.evaluation.draws or 1
+    rules = evaluation.Rules(experiment.threat, draws, experiment.evaluation.eight_bit)
+
+    def attack_of(number: int) -> Iteration:
+        threat = experiment.threat
+        return attacks.pgd(
+            threat, steps=max(budget.sweep_steps), step_size=threat.radius / 10, loss=margin,
+            estimator=eot(number) if random else None,
+        )  # fmt: skip
+
+    lines = sweep(
+        attack_of, of, evaluation.judging(of, rules, devices, batch_size=size), variables, key,
+        batches, budget.sweep_draws if random else (1,), budget.sweep_steps,
+    )  # fmt: skip
+    return seen, lines

@@ -1,0 +1,22 @@
+"""Operations on one image [H, W, C] that defences and studies are made of; batch with `vmap`."""
+
+from rain_jax.image.dct import dct, idct
+from rain_jax.image.jpeg import jpeg, standard_tables
+from rain_jax.image.resample import mean_pool, random_pick, resize, to_even
+from rain_jax.image.shift import random_shift, shift
+from rain_jax.image.spectrum import low_pass, radial_spectrum
+
+__all__ = [
+    "dct",
+    "idct",
+    "jpeg",
+    "low_pass",
+    "mean_pool",
+    "radial_spectrum",
+    "random_pick",
+    "random_shift",
+    "resize",
+    "shift",
+    "standard_tables",
+    "to_even",
+]

@@ -1,0 +1,45 @@
+"""Several models that train side by side, each by its own objective, in one program."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from rain_jax.members import How, over_members
+from rain_jax.types import (
+    Array,
+    AxisName,
+    Batch,
+    Key,
+    Metrics,
+    ModelState,
+    Objective,
+    Params,
+    Scalar,
+)
+
+
+def side_by_side(objectives: Sequence[Objective], *, how: How = "auto") -> Objective:
+    """The sum of the members' losses, so that each one's gradient is its own.
+
+    Parameters and states are stacked along a new first axis [M]; all members see the same images
+    and draw by keys of their own. The metrics are means over members, the loss is their sum.
+    `how` is as in `members.over_members`. With optimisers that work weight by weight every
+    member trains as if it were alone.
+    """
+
+    def objective(
+        params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        def member(
+            one: Objective, own: tuple[Params, ModelState], number: Array
+        ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+            return one(*own, jax.random.fold_in(key, number), batch, axis_name)
+
+        losses, (model_state, metrics) = over_members(
+            objectives, member, (params, model_state), how
+        )
+        means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), metrics)
+        return jnp.sum(losses), (model_state, means)
+
+    return objective

@@ -1,0 +1,299 @@
+"""Compression as a defence: what it does, what levels are, and how it lets itself be attacked."""
+
+import io
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from rain_jax.checks import UsageError
+from rain_jax.defences.jpeg import feature_distillation, jpeg, nn_jpeg, shield
+from rain_jax.defences.tables import Statistics, fd_table
+from rain_jax.image import dct, standard_tables
+from rain_jax.image import jpeg as coded
+
+KEY = jax.random.key(0)
+SMALL = {
+    "jpeg": jpeg(),
+    "jpeg 4:2:0": jpeg(quality=30, subsampling="420"),
+    "nn_jpeg": nn_jpeg(level=45.0),
+    "shield": shield(),
+    "feature_distillation": feature_distillation(),
+}
+
+
+def smooth(shape: tuple[int, int, int] = (24, 24, 3), seed: int = 1) -> jax.Array:
+    """Something like a photo, away from black and white, in whole 8-bit levels."""
+    coarse = jax.random.uniform(jax.random.key(seed), (4, 4, shape[2]), minval=0.3, maxval=0.7)
+    image = jax.image.resize(coarse, shape, "cubic")
+    image += 0.02 * jax.random.normal(jax.random.key(seed + 1), shape)
+    return jnp.round(255 * jnp.clip(image, 0.2, 0.8)) / 255
+
+
+def noise(shape: tuple[int, int, int]) -> jax.Array:
+    return jax.random.uniform(jax.random.key(3), shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def applied(form, variables, key, image):
+    return form(variables, key, image)
+
+
+@partial(jax.jit, static_argnums=0)
+def pulled(form, variables, image, cotangent):
+    """The form's value, and what it makes of a gradient."""
+    value, pull = jax.vjp(lambda image: form(variables, KEY, image), image)
+    return value, pull(cotangent)[0]
+
+
+@partial(jax.jit, static_argnums=2)
+def at_quality(image, quality, subsampling):
+    return coded(image, *standard_tables(quality), subsampling=subsampling)
+
+
+def alike(one, other):
+    """The same, but for a rounding that falls the other way where a program adds up otherwise."""
+    return jnp.mean(jnp.abs(one - other)) < 0.1 / 255
+
+
+# --- what all of them promise ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("shape", [(24, 24, 3), (13, 21, 3), (9, 8, 1)])
+def test_shape_type_and_range_are_kept(name, shape):
+    defence = SMALL[name]
+    image = noise(shape)
+    variables = defence.init(KEY, image)
+    assert list(variables) == ["tables"]
+    found = applied(defence.apply, variables, KEY, image)
+    assert found.shape == shape
+    assert found.dtype == jnp.float32
+    assert jnp.min(found) >= 0
+    assert jnp.max(found) <= 1
+    assert jnp.max(jnp.abs(found - image)) > 0.02
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_image_does_not_feel_its_neighbours(name):
+    defence = SMALL[name]
+    images = jnp.stack([smooth(seed=seed) for seed in range(3)])
+    keys = jax.random.split(KEY, 3)
+    variables = defence.init(KEY, images[0])
+    together = jax.jit(jax.vmap(defence.apply, (None, 0, 0)))(variables, keys, images)
+    for key, image, found in zip(keys, images, together, strict=True):
+        assert alike(applied(defence.apply, variables, key, image), found)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_surrogates_have_the_true_value_and_gradients_of_their_own(name):
+    defence = SMALL[name]
+    image = smooth()
+    variables = defence.init(KEY, image)
+    cotangent = jax.random.normal(jax.random.key(5), image.shape)
+
+    @jax.jit
+    def everything(variables, image):
+        forms = {"own": defence.apply, **defence.surrogates}
+        return {which: pulled(form, variables, image, cotangent) for which, form in forms.items()}
+
+    found = everything(variables, image)
+    slopes = {which: slope for which, (_, slope) in found.items()}
+    for which, (value, slope) in found.items():
+        assert jnp.all(jnp.isfinite(slope))
+        assert jnp.linalg.norm(slope) > 0
+        assert alike(value, found["own"][0]) == (which not in ("cubic", "mean"))
+    np.testing.assert_array_equal(slopes["identity"], cotangent)
+    waves = jnp.fft.fft2(slopes["low_pass"], axes=(0, 1))
+    high = jnp.abs(jnp.fft.fftfreq(24)) > 0.25
+    assert jnp.max(jnp.abs(waves[high])) < 1e-3
+    assert jnp.max(jnp.abs(waves[~high][:, ~high])) > 1
+    # Most coefficients are rounded to zero, and pass nothing on.
+    assert jnp.linalg.norm(slopes["survivors"]) < 0.7 * jnp.linalg.norm(cotangent)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "nn_jpeg", "feature_distillation"])
+def test_straight_through_is_the_identity_where_nothing_is_clipped(name):
+    image = smooth((13, 21, 3))
+    variables = SMALL[name].init(KEY, image)
+    cotangent = jax.random.normal(jax.random.key(5), image.shape)
+    _, found = pulled(SMALL[name].apply, variables, image, cotangent)
+    # The codec's colours are undone to a few parts in ten thousand, as in libjpeg.
+    np.testing.assert_allclose(found, cotangent, atol=1e-3)
+
+
+def test_halved_chroma_is_not_the_identity():
+    image = smooth()
+    defence = jpeg(subsampling="420")
+    cotangent = jax.random.normal(jax.random.key(5), image.shape)
+    _, found = pulled(defence.apply, defence.init(KEY, image), image, cotangent)
+    assert 0.4 < jnp.linalg.norm(found) / jnp.linalg.norm(cotangent) < 0.9
+
+
+def test_only_the_random_one_says_so_and_draws():
+    assert [name for name, defence in SMALL.items() if defence.random] == ["shield"]
+    for name, defence in SMALL.items():
+        image = smooth()
+        variables = defence.init(KEY, image)
+        one, same, other = (
+            applied(defence.apply, variables, key, image) for key in (KEY, KEY, jax.random.key(1))
+        )
+        np.testing.assert_array_equal(one, same)
+        assert bool(jnp.any(one != other)) == (name == "shield")
+
+
+# --- JPEG ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quality", [20, 75, 95])
+@pytest.mark.parametrize("subsampling", ["444", "420"])
+def test_jpeg_is_what_a_file_would_hold(quality, subsampling):
+    image = smooth((40, 56, 3))
+    defence = jpeg(quality=quality, subsampling=subsampling)
+    file = io.BytesIO()
+    pixels = np.asarray(jnp.round(255 * image)).astype(np.uint8)
+    Pillow.fromarray(pixels).save(
+        file, "JPEG", quality=quality, subsampling={"444": 0, "420": 2}[subsampling]
+    )
+    expected = np.asarray(Pillow.open(file), np.float32) / 255
+    found = applied(defence.apply, defence.init(KEY, image), KEY, image)
+    assert np.mean(np.abs(found - expected)) < 0.8 / 255
+    assert np.mean(np.abs(found - expected) < 2.5 / 255) > 0.9
+
+
+def test_levels_are_data():
+    image = smooth()
+    compiled = 0
+
+    @jax.jit
+    def program(variables):
+        nonlocal compiled
+        compiled += 1
+        return jpeg().apply(variables, KEY, image)
+
+    variables = [jpeg(quality=quality).init(KEY, image) for quality in (80, 60, 40, 20)]
+    variables += [nn_jpeg(level=level).init(KEY, image) for level in (15.0, 60.0)]
+    one_by_one = jnp.stack([program(each) for each in variables])
+    assert compiled == 1
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
+    together = jax.jit(jax.vmap(lambda each: jpeg().apply(each, KEY, image)))(stacked)
+    assert alike(together, one_by_one)
+    error = jnp.mean(jnp.abs(one_by_one - image[None]), axis=(1, 2, 3))
+    assert jnp.all(jnp.diff(error[:4]) > 0)
+    assert error[5] > error[4]
+
+
+def test_a_traced_quality_is_one_compilation():
+    image = smooth()
+    found = jax.jit(lambda quality: jpeg(quality=quality).init(KEY, image))(50)
+    np.testing.assert_array_equal(found["tables"]["luma"], standard_tables(50)[0])
+
+
+def test_nn_jpeg_takes_its_tables_from_statistics():
+    flat = np.ones((3, 8, 8), np.float32)
+    made = Statistics(10 * flat, flat, flat)
+    image = smooth()
+    for table, steps in (("nn", 40.0), ("deepn", round((255 - 97.5) * 40 / 30))):
+        found = nn_jpeg(level=40.0, table=table, statistics=made).init(KEY, image)["tables"]
+        np.testing.assert_array_equal(found["chroma"], np.full((8, 8), steps))
+    found = nn_jpeg(level=40.0, statistics=made).init(KEY, image)["tables"]
+    np.testing.assert_array_equal(found["luma"], fd_table(40.0)[0])
+
+
+# --- SHIELD ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subsampling", ["444", "420"])
+def test_every_block_comes_from_one_quality(subsampling):
+    image = noise((20, 24, 3))
+    defence = shield(qualities=(80, 60, 40, 20), subsampling=subsampling)
+    found = np.asarray(applied(defence.apply, defence.init(KEY, image), KEY, image))
+    each = [np.asarray(at_quality(image, quality, subsampling)) for quality in (80, 60, 40, 20)]
+    drawn = set()
+    for top in range(0, 20, 8):
+        for left in range(0, 24, 8):
+            block = np.s_[top : top + 8, left : left + 8]
+            off = [np.mean(np.abs(found[block] - one[block])) for one in each]
+            assert min(off) < 0.2 / 255
+            drawn.add(int(np.argmin(off)))
+    assert len(drawn) > 1
+
+
+def test_blocks_draw_alike_and_apart():
+    image = noise((16, 16, 3))
+    defence = shield(qualities=(90, 10))
+    variables = defence.init(KEY, image)
+    keys = jax.random.split(KEY, 600)
+    draws = np.asarray(jax.jit(jax.vmap(defence.apply, (None, 0, None)))(variables, keys, image))
+    mean = np.asarray(applied(defence.surrogates["mean"], variables, KEY, image))
+    low = np.asarray(at_quality(image, 10, "420"))
+    from_low = np.all(np.abs(draws - low) < 0.02, axis=-1)
+    blocks = from_low.reshape(600, 2, 8, 2, 8).mean(axis=(2, 4)).reshape(600, 4) > 0.6
+    assert np.all(np.abs(blocks.mean(axis=0) - 0.5) < 0.1)
+    assert np.max(np.abs(np.corrcoef(blocks.T) - np.eye(4))) < 0.2
+    # The closed form of the expectation.
+    assert np.mean(np.abs(draws.mean(axis=0) - mean)) < 0.01
+
+
+def test_one_quality_is_plain_jpeg():
+    image = noise((13, 21, 3))
+    defence = shield(qualities=(40,))
+    found = applied(defence.apply, defence.init(KEY, image), KEY, image)
+    assert alike(found, at_quality(image, 40, "420"))
+
+
+# --- Feature Distillation --------------------------------------------------------------------
+
+
+def test_feature_distillation_rounds_to_its_steps_and_clips():
+    image = smooth()
+    defence = SMALL["feature_distillation"]
+    found = 255 * applied(defence.apply, defence.init(KEY, image), KEY, image)
+    steps = np.full((8, 8), 30.0)
+    steps[:4, :4] = 25.0
+    multiples = jax.vmap(dct, in_axes=2)(found) / steps.reshape(1, 1, 1, 8, 8)
+    np.testing.assert_allclose(multiples, np.round(multiples), atol=1e-3)
+    # No coefficient moved by more than half a step.
+    before = jax.vmap(dct, in_axes=2)(255 * image) / steps.reshape(1, 1, 1, 8, 8)
+    assert jnp.max(jnp.abs(before - multiples)) < 0.501
+    # Neither level shift nor colour: 8 x 203 = 1624 is nearest to 65 steps of 25, 203.125.
+    # Edges are continued: a flat image of any size stays flat.
+    flat = jnp.full((13, 21, 3), 203 / 255)
+    found = applied(defence.apply, defence.init(KEY, flat), KEY, flat)
+    np.testing.assert_allclose(255 * found, 203.125, rtol=1e-5)
+
+
+def test_feature_distillation_keeps_channels_apart():
+    image = smooth()
+    defence = SMALL["feature_distillation"]
+    variables = defence.init(KEY, image)
+    turned = applied(defence.apply, variables, KEY, image[:, :, ::-1])
+    expected = applied(defence.apply, variables, KEY, image)
+    np.testing.assert_array_equal(turned[:, :, ::-1], expected)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: jpeg(quality=0), "quality"),
+        (lambda: jpeg(quality=101), "quality"),
+        (lambda: jpeg(subsampling="422"), "subsampling"),
+        (lambda: nn_jpeg(level=-1.0), "level"),
+        (lambda: nn_jpeg(level=120.0, table="std"), "level"),
+        (lambda: nn_jpeg(table="nn"), "statistics"),
+        (lambda: nn_jpeg(table="dct"), "table"),
+        (lambda: nn_jpeg(subsampling="422"), "subsampling"),
+        (lambda: shield(qualities=()), "qualities"),
+        (lambda: shield(qualities=(50, 0)), "qualities"),
+        (lambda: shield(subsampling="422"), "subsampling"),
+    ],
+)
+def test_bad_settings_are_refused(make, says):
+    with pytest.raises(UsageError, match=says):
+        make()

@@ -1,0 +1,144 @@
+"""A defence in front of a network, and networks that vote, as networks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax import models
+from rain_jax.checks import UsageError
+from rain_jax.defences import gaussian_noise, nn_jpeg, rain
+from rain_jax.defences.compose import defend
+from rain_jax.defences.network import ensemble, in_front, parts_of, with_parts
+from rain_jax.defences.vote import mean_logits, vote_scores
+from rain_jax.members import over_members, stacked
+from rain_jax.methods import natural
+from rain_jax.methods.members import side_by_side
+from rain_jax.models import upscalers
+from rain_jax.types import Batch
+
+CLASSIFIER = models.preact_resnet(10, depths=(1,), width=4)
+RAIN = rain(upscalers.edsr(blocks=1, width=4))
+IMAGES = jax.random.uniform(jax.random.key(1), (3, 8, 8, 3))
+KEYS = jax.random.split(jax.random.key(2), 3)
+BATCH = Batch(IMAGES, jnp.array([1, 2, 3]), jnp.array([5, 6, 7]), jnp.ones(3, bool))
+
+
+def made(network):
+    return network.init(jax.random.key(0), IMAGES)
+
+
+def shapes(tree):
+    return jax.tree.map(jnp.shape, tree)
+
+
+@pytest.mark.parametrize("trained", ["classifier", "defence", "both"])
+def test_what_is_trained_is_under_params_and_nothing_is_lost(trained):
+    variables = made(in_front(RAIN, CLASSIFIER, trained=trained))
+    assert set(variables["params"]) == (
+        {"classifier", "defence"} if trained == "both" else {trained}
+    )
+    whole = parts_of(variables)
+    assert shapes(whole["classifier"]) == shapes(made(CLASSIFIER))
+    assert shapes(whole["defence"]) == shapes(RAIN.init(jax.random.key(0), IMAGES[0]))
+    back = with_parts(variables, whole)
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+
+
+@pytest.mark.parametrize("through", [None, "average_one_shift"])
+def test_it_is_the_classifier_behind_the_defence(through):
+    network = in_front(RAIN, CLASSIFIER, trained="both", through=through)
+    assert network.random
+    variables = made(network)
+    whole = parts_of(variables)
+    logits, state = network.apply(variables, IMAGES, keys=KEYS)
+    alone = lambda key, image: CLASSIFIER.apply(whole["classifier"], image[None])[0][0]
+    defended = defend(alone, RAIN, whole["defence"], through=through)
+    np.testing.assert_allclose(logits, jax.vmap(defended)(KEYS, IMAGES), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, state, {"frozen": variables["frozen"]})
+
+
+def test_a_frozen_classifier_stands_still_unless_it_drifts():
+    def trained(drift):
+        network = in_front(RAIN, CLASSIFIER, trained="defence", drift=drift)
+        variables = made(network)
+        objective = natural(network)
+        state = {name: held for name, held in variables.items() if name != "params"}
+        (_, (state, _)), gradient = jax.value_and_grad(objective, has_aux=True)(
+            variables["params"], state, jax.random.key(4), BATCH
+        )
+        assert set(gradient) == {"defence"}
+        assert float(jnp.max(jnp.abs(gradient["defence"]["head"]["kernel"]))) > 0
+        before = variables["frozen"]["classifier"]
+        after = state["frozen"]["classifier"]
+        jax.tree.map(np.testing.assert_array_equal, before["params"], after["params"])
+        return jax.tree.leaves(before["batch_stats"]), jax.tree.leaves(after["batch_stats"])
+
+    for before, after in zip(*trained(False), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert any(np.any(a != b) for a, b in zip(*trained(True), strict=True))
+
+
+def test_a_random_defence_needs_keys_and_a_trained_part_needs_parameters():
+    network = in_front(RAIN, CLASSIFIER)
+    with pytest.raises(UsageError, match="expected a key for each image"):
+        network.apply(made(network), IMAGES)
+    with pytest.raises(UsageError, match="trained='defence'"):
+        made(in_front(gaussian_noise(), CLASSIFIER, trained="defence"))
+    with pytest.raises(UsageError, match="did you mean 'defence'"):
+        in_front(RAIN, CLASSIFIER, trained="defense")
+
+
+def members():
+    networks = [in_front(nn_jpeg(level=level), CLASSIFIER) for level in (15.0, 30.0, 60.0)]
+    variables = [n.init(jax.random.key(k), IMAGES) for k, n in enumerate(networks)]
+    return networks, variables
+
+
+@pytest.mark.parametrize("how", ["vmap", "unroll"])
+@pytest.mark.parametrize("combine", [mean_logits, vote_scores])
+def test_an_ensemble_combines_its_members_each_with_its_own_tables(how, combine):
+    networks, variables = members()
+    whole = ensemble(networks, combine, how=how)
+    together = stacked(variables)
+    assert shapes(made(whole)) == shapes(together)
+    each = jnp.stack(
+        [n.apply(v, IMAGES, keys=KEYS)[0] for n, v in zip(networks, variables, strict=True)]
+    )
+    logits, _ = whole.apply(together, IMAGES, keys=KEYS)
+    np.testing.assert_allclose(logits, jax.vmap(combine, in_axes=1)(each), atol=1e-4)
+    assert float(jnp.max(jnp.abs(each[0] - each[2]))) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["vmap", "unroll"])
+def test_members_train_as_if_alone(how):
+    networks, variables = members()
+    whole = side_by_side([natural(n) for n in networks], how=how)
+    together = stacked(variables)
+    state = {"frozen": together["frozen"]}
+    key = jax.random.key(9)
+    (loss, (after, metrics)), gradient = jax.value_and_grad(whole, has_aux=True)(
+        together["params"], state, key, BATCH
+    )
+    total, right = 0.0, 0.0
+    for m, (network, own) in enumerate(zip(networks, variables, strict=True)):
+        (one, (moved, seen)), slope = jax.value_and_grad(natural(network), has_aux=True)(
+            own["params"], {"frozen": own["frozen"]}, jax.random.fold_in(key, m), BATCH
+        )
+        total, right = total + one, right + seen["correct"]
+        picked = jax.tree.map(lambda leaf, m=m: leaf[m], (gradient, after))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5),
+            picked, (slope, moved),
+        )  # fmt: skip
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    np.testing.assert_allclose(metrics["correct"], right / 3, rtol=1e-6)
+
+
+def test_members_know_their_numbers():
+    found = over_members("abc", lambda member, own, number: own * number, jnp.arange(3.0), "unroll")
+    np.testing.assert_array_equal(found, [0.0, 1.0, 4.0])
+    with pytest.raises(UsageError, match="did you mean 'unroll'"):
+        over_members("a", lambda member, own, number: own, jnp.arange(1.0), "unrol")
+    with pytest.raises(UsageError, match="one at least"):
+        ensemble([], mean_logits)

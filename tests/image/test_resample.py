@@ -1,0 +1,125 @@
+"""Halving and resizing against other people's code, exact averages and counts."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax import image as ops
+from rain_jax.checks import UsageError
+from rain_jax.image.resample import Method
+
+IMAGE = jax.random.uniform(jax.random.key(1), (8, 6, 3))
+METHODS: list[Method] = ["nearest", "area", "linear", "cubic"]
+
+
+def windows(image):
+    height, width, channels = image.shape
+    parts = np.asarray(image).reshape(height // 2, 2, width // 2, 2, channels)
+    return parts.transpose(0, 2, 4, 1, 3).reshape(height // 2, width // 2, channels, 4)
+
+
+def test_a_pick_is_one_of_its_window_uniformly_and_the_mean_is_its_expectation():
+    picks = jax.vmap(ops.random_pick, (0, None))(jax.random.split(jax.random.key(2), 4000), IMAGE)
+    which = np.asarray(picks)[..., None] == windows(IMAGE)
+    assert np.all(which.sum(-1) == 1)
+    # Within 5 standard deviations, of each of 144 shares and of the expectation.
+    np.testing.assert_allclose(which.mean(0), 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
+    np.testing.assert_allclose(picks.mean(0), ops.mean_pool(IMAGE), atol=5 * 0.5 / np.sqrt(4000))
+    np.testing.assert_allclose(ops.mean_pool(IMAGE), windows(IMAGE).mean(-1), atol=1e-6)
+
+
+def test_channels_are_picked_apart_or_together():
+    # Each pixel says in all channels where it is; channels agree by chance one time in four.
+    places = jnp.broadcast_to(jnp.arange(64 * 64.0).reshape(64, 64, 1), (64, 64, 2)) / 4096
+    apart = ops.random_pick(jax.random.key(3), places)
+    together = ops.random_pick(jax.random.key(3), places, per_channel=False)
+    agreeing = float(jnp.mean(apart[:, :, 0] == apart[:, :, 1]))
+    assert abs(agreeing - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1024)
+    np.testing.assert_array_equal(together[:, :, 0], together[:, :, 1])
+
+
+def test_the_gradient_of_a_pick_goes_to_the_pixel_that_was_kept(key):
+    slope = jax.grad(lambda image: jnp.sum(ops.random_pick(key, image)))(IMAGE)
+    kept = np.sum(windows(slope) * windows(IMAGE), axis=-1)
+    assert sorted(np.unique(slope)) == [0.0, 1.0]
+    np.testing.assert_array_equal(windows(slope).sum(-1), 1.0)
+    np.testing.assert_array_equal(kept, ops.random_pick(key, IMAGE))
+
+
+def test_odd_sizes_are_refused_until_made_even(key):
+    odd = IMAGE[:7, :5]
+    for halve in (ops.mean_pool, lambda image: ops.random_pick(key, image)):
+        with pytest.raises(UsageError, match="to_even"):
+            halve(odd)
+        with pytest.raises(UsageError, match="to_even"):
+            halve(odd[:, :4])
+    even = ops.to_even(odd)
+    assert even.shape == (8, 6, 3)
+    np.testing.assert_array_equal(even[:7, :5], odd)
+    np.testing.assert_array_equal(even[7, :5], odd[6])
+    np.testing.assert_array_equal(even[:, 5], even[:, 4])
+    np.testing.assert_array_equal(ops.to_even(IMAGE), IMAGE)
+
+
+@pytest.mark.parametrize("method", ["nearest", "linear", "cubic"])
+def test_resize_agrees_with_jax_at_every_traced_size_in_one_program(method):
+    chex.clear_trace_counter()
+    once = lambda size: ops.resize(IMAGE, size, canvas=(11, 13), method=method)
+    resize = jax.jit(chex.assert_max_traces(once, n=1))
+    for size in [(8, 6), (4, 3), (11, 13), (5, 13), (9, 1), (1, 7)]:
+        got = resize(jnp.array(size))
+        expected = jax.image.resize(IMAGE, (*size, 3), method, antialias=False)
+        np.testing.assert_allclose(got[: size[0], : size[1]], expected, atol=2e-6)
+        assert not np.any(got[size[0] :])
+        assert not np.any(got[:, size[1] :])
+
+
+def test_area_is_the_exact_mean_of_what_each_pixel_covers():
+    # Repeated 5 by 4 times, output pixels are whole numbers of small ones.
+    small = np.repeat(np.repeat(IMAGE, 5, axis=0), 4, axis=1)
+    expected = small.reshape(5, 8, 4, 6, 3).mean(axis=(1, 3))
+    got = ops.resize(IMAGE, (5, 4), canvas=(8, 8), method="area")
+    np.testing.assert_allclose(got[:5, :4], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        ops.resize(IMAGE, (4, 3), canvas=(4, 3), method="area"), ops.mean_pool(IMAGE), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_constants_and_images_of_the_same_size(method):
+    grey = ops.resize(jnp.full((8, 6, 3), 0.3), (5, 9), canvas=(5, 9), method=method)
+    np.testing.assert_allclose(grey, 0.3, atol=1e-6)
+    same = ops.resize(IMAGE, (8, 6), canvas=(8, 6), method=method)
+    np.testing.assert_allclose(same, IMAGE, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_image_of_a_batch_has_its_own_size(method):
+    images = jnp.stack([IMAGE, 1 - IMAGE])
+    sizes = jnp.array([[3, 9], [7, 2]])
+    one = lambda image, size: ops.resize(image, size, canvas=(9, 9), method=method)
+    batch = jax.jit(jax.vmap(one))(images, sizes)
+    for i in (0, 1):
+        np.testing.assert_allclose(batch[i], one(images[i], sizes[i]), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_of_a_resize_is_its_transpose(method):
+    resize = lambda image: ops.resize(image, jnp.array([5, 7]), canvas=(7, 7), method=method)
+    out, pull = jax.vjp(resize, IMAGE)
+    weight = jax.random.normal(jax.random.key(4), out.shape)
+    other = jax.random.normal(jax.random.key(5), IMAGE.shape)
+    np.testing.assert_allclose(
+        jnp.sum(weight * resize(other)), jnp.sum(pull(weight)[0] * other), rtol=1e-4
+    )
+
+
+def test_bad_sizes_and_methods_are_refused():
+    with pytest.raises(UsageError, match="size=9"):
+        ops.resize(IMAGE, (9, 4), canvas=(8, 8))
+    with pytest.raises(UsageError, match="size=0"):
+        ops.resize(IMAGE, (4, 0), canvas=(8, 8))
+    with pytest.raises(UsageError, match="did you mean 'linear'"):
+        ops.resize(IMAGE, (4, 4), canvas=(8, 8), method="liner")  # type: ignore[arg-type]

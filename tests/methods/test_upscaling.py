@@ -1,0 +1,94 @@
+"""Training a super-resolution network: what is halved, what is compared, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax.checks import UsageError
+from rain_jax.methods.upscaling import DOWN, psnr, random_crop, upscaling
+from rain_jax.models import upscalers
+from rain_jax.types import Batch, Upscaler
+
+
+def batch_of(image, valid=None):
+    size = len(image)
+    index = jnp.arange(size, dtype=jnp.int32)
+    valid = jnp.ones(size, bool) if valid is None else valid
+    return Batch(image, jnp.zeros(size, jnp.int32), 100 + index, valid)
+
+
+NEAREST = Upscaler(
+    lambda key, image: {"params": {}},
+    lambda variables, image: jnp.repeat(jnp.repeat(image, 2, 0), 2, 1),
+    2,
+)
+
+
+def test_the_loss_is_the_mean_absolute_difference_of_valid_images(key):
+    """Columns 0 and 1 in turn: whatever is picked, half of the pixels are off by one."""
+    stripes = jnp.broadcast_to((jnp.arange(8) % 2).reshape(1, 8, 1).astype(jnp.float32), (6, 8, 3))
+    flat = jnp.full((6, 8, 3), 0.3)
+    batch = batch_of(jnp.stack([stripes, flat, stripes]), jnp.array([True, True, False]))
+    loss, (state, metrics) = upscaling(NEAREST)({}, {"kept": 1}, key, batch)
+    np.testing.assert_allclose(loss, 0.5, atol=1e-6)
+    assert state == {"kept": 1}
+    assert metrics == {}
+
+
+def test_odd_images_are_made_even_and_keys_come_from_the_place(key):
+    image = jax.random.uniform(key, (2, 7, 5, 3))
+    objective = jax.jit(upscaling(NEAREST))
+    whole = objective({}, {}, key, batch_of(image))[0]
+    alone = objective({}, {}, key, batch_of(image)._replace(valid=jnp.array([True, False])))[0]
+    one = batch_of(image[1:])._replace(index=jnp.array([101], jnp.int32))
+    np.testing.assert_allclose(whole - alone, objective({}, {}, key, one)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("down", DOWN)
+def test_halves_are_half_as_large_and_within_range(down, key):
+    checks = (jax.random.uniform(key, (8, 6, 3)) > 0.5).astype(jnp.float32)
+    small = DOWN[down](key, checks)
+    assert small.shape == (4, 3, 3)
+    assert float(jnp.min(small)) >= 0.0
+    assert float(jnp.max(small)) <= 1.0
+    np.testing.assert_allclose(
+        DOWN[down](key, jnp.full((8, 6, 3), 0.3)), np.full((4, 3, 3), 0.3), atol=1e-6
+    )
+
+
+def test_every_crop_occurs_and_is_a_part_of_the_image():
+    image = jnp.arange(5 * 4, dtype=jnp.float32).reshape(5, 4, 1)
+    keys = jax.random.split(jax.random.key(0), 300)
+    crops = np.asarray(jax.vmap(lambda key: random_crop(key, image, size=3))(keys))
+    corners = crops[:, 0, 0, 0].astype(int)
+    assert set(corners) == {4 * top + left for top in range(3) for left in range(2)}
+    for crop, corner in zip(crops, corners, strict=True):
+        top, left = divmod(corner, 4)
+        np.testing.assert_array_equal(crop, image[top : top + 3, left : left + 3])
+
+
+def test_psnr_by_hand():
+    image = jnp.full((4, 4, 3), 0.5)
+    np.testing.assert_allclose(psnr(image + 0.1, image), 20.0, atol=1e-3)
+    np.testing.assert_allclose(psnr(image + 7.0, image), 10 * np.log10(4), atol=1e-4)  # clipped
+    np.testing.assert_allclose(psnr(image, image), 100.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(down="bilinear"), "down='bilinear'"),
+        (dict(crop=7), "crop=7: expected an even number"),
+        (dict(crop=0), "crop=0"),
+        (dict(crop=8), r"crop=8: .* \(images are 6x8\)"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message, key):
+    with pytest.raises(UsageError, match=message):
+        upscaling(NEAREST, **settings)({}, {}, key, batch_of(jnp.zeros((1, 6, 8, 3))))
+
+
+def test_an_upscaler_of_another_factor_is_refused():
+    with pytest.raises(UsageError, match="an upscaler by 3"):
+        upscaling(upscalers.bicubic(factor=3))
