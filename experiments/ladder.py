@@ -16,7 +16,7 @@ from experiments.defended import RUN, UNDEFENDED, Assembly
 from experiments.looks import Look
 from rain_jax import attacks, norms
 from rain_jax.attacks import suites
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, one_of, within
 from rain_jax.gradients import eot
 from rain_jax.losses import cross_entropy, margin
 from rain_jax.types import Iteration, Threat
@@ -35,7 +35,8 @@ class Ladder:
     the attack that does without draws (of twice the steps and half their size). `sweep_draws` and
     `sweep_steps` show how accuracy falls with either, empty for none. `surrogates` names the forms
     of the defence that are climbed, all by default. `elsewhere` is the folder of a run of the same
-    config with another seed, whose adversarial images are tried.
+    config with another seed, whose adversarial images are tried. `without` are rungs that are left
+    out; what is printed then is the worst case over the others.
     """
 
     steps: int = 100
@@ -47,6 +48,7 @@ class Ladder:
     sweep_steps: tuple[int, ...] = (10, 50, 100)
     surrogates: tuple[str, ...] | None = None
     elsewhere: str | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "draws", "restarts", "queries", "answers"):
@@ -112,7 +114,9 @@ def rungs(
     far = FAR if threat.norm is norms.linf else FAR_TIMES * threat.radius
     distant = threat._replace(radius=far)
     found["far"] = Look(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
-    return found
+    for name in ladder.without:
+        one_of("config.evaluation.ladder.without", name, [name for name in found if name != "far"])
+    return {name: look for name, look in found.items() if name not in ladder.without}
 
 
 def _surrogates(ladder: Ladder, assembly: Assembly) -> tuple[str, ...]:

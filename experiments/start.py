@@ -54,7 +54,10 @@ def _weights(where: str, given: str, like: Variables, devices: Devices) -> Varia
     else:
         config = workdir.read_config(path)
         shapes = jax.eval_shape(lambda: like)
-        found, _ = evaluate.load_like(path, shapes, devices, bool(config.get("average")))
+        # What an evaluation of that run would take: the best by its own validation, or the last.
+        which = config.get("evaluation", {}).get("checkpoint", "best")
+        average = bool(config.get("average"))
+        found, _ = evaluate.load_like(path, shapes, devices, average, which)
     _check_alike(where, given, found, like)
     return jax.tree.map(jnp.asarray, found)
 

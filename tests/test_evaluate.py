@@ -161,7 +161,32 @@ def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeyp
     assert np.any((share > 0) & (share < 1))
     # Nobody left early: the worst mean is wanted.
     assert np.all(verdicts["apgd/steps"] == 2)
-    assert found["attacked"] == record["clean"]["right"]
+    assert found["attacked"] == np.sum(verdicts["clean/right"])
+
+
+def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
+    scope: dict = {}
+    exec(commands.write_config(tmp_path).read_text(), scope)
+    names = [f"noise{number}" for number in range(6)]
+    changes = [
+        ("defence", dict(name="gaussian_noise", scale=0.5)),
+        ("evaluation", dict(attacks={name: dict(name="noise") for name in names}, draws=16)),
+    ]
+    experiment = build.experiment(build.changed(scope["get_config"](), changes))
+    images = jnp.zeros((1, 8, 8, 1))
+    drawn = experiment.network.init(jax.random.key(0), images)
+    drawn["params"] = jax.tree.map(lambda leaf: 3 * leaf, drawn["params"])
+    evaluate.evaluate(experiment, drawn, tmp_path, "untrained", 0)
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    with np.load(tmp_path / "verdicts.npz") as verdicts:
+        least = np.min([verdicts[f"{name}/share"] for name in ["clean", *names]], axis=0)
+        again = verdicts["worst case/share"]
+    assert record["worst_case"]["accuracy"] == pytest.approx(np.mean(again), rel=1e-6)
+    # These attacks find nothing: the least of seven counts is luck, and the worst case is not.
+    alone = [record["attacks"][name]["accuracy"] for name in names]
+    spread = np.sqrt(0.25 / (16 * 83))
+    assert np.mean(least) < min(alone) - 2 * spread
+    assert abs(np.mean(again) - np.mean(alone)) < 4 * spread
 
 
 @pytest.mark.parametrize(
