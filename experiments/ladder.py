@@ -72,10 +72,14 @@ def rungs(
     def pgd(steps: int, on: Threat = threat, **more: Any) -> Iteration:
         return attacks.pgd(on, steps=steps, step_size=on.radius / 10, **more)
 
+    found = {"noise": Look(attacks.noise(threat))}
     undefended = UNDEFENDED if before is None else f"{RUN}{before}"
-    found = {
-        "noise": Look(attacks.noise(threat)),
-        "transfer": Look(pgd(40), undefended),
+    gray = "gray" if "gray" in assembly.forms else UNDEFENDED
+    if assembly.forms:  # a plain network has nothing that an attacker could be unaware of
+        found["transfer"] = Look(pgd(40), undefended)
+        if gray != undefended:
+            found["gray"] = Look(pgd(40), gray)
+    found |= {
         "fgsm": Look(attacks.fgsm(threat, estimator=inexact)),
         "pgd": Look(
             attacks.pgd(
@@ -83,9 +87,6 @@ def rungs(
             )
         ),
     }
-    gray = "gray" if "gray" in assembly.forms else UNDEFENDED
-    if gray != undefended:
-        found["gray"] = Look(pgd(40), gray)
     if random:
         for name, loss in ("eot_ce", cross_entropy), ("eot_margin", margin):
             found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=loss))

@@ -20,6 +20,9 @@ from rain_jax.types import (
     Variables,
 )
 
+BATCH_AXIS = "defended batch"
+"""The name of the axis over which `network.in_front` maps a defence, where a batch is a batch."""
+
 
 def defend(
     logits_fn: LogitsFn, defence: Defence, variables: Variables, *, through: str | None = None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, one_of
-from rain_jax.defences.compose import form
+from rain_jax.defences.compose import BATCH_AXIS, form
 from rain_jax.members import How, over_members, stacked
 from rain_jax.types import (
     Array,
@@ -69,7 +69,9 @@ def in_front(
                 raise UsageError("keys=None: expected a key for each image: the defence is random")
             keys = jax.random.split(jax.random.key(0), images.shape[0])
         own, rest = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        seen = jax.vmap(lambda key, image: apply_defence(whole["defence"], key, image))(own, images)
+        seen = jax.vmap(
+            lambda key, image: apply_defence(whole["defence"], key, image), axis_name=BATCH_AXIS
+        )(own, images)
         moving = train and ("classifier" in learning or drift)
         logits, state = network.apply(whole["classifier"], seen, moving, axis_name, rest)
         frozen = variables["frozen"]

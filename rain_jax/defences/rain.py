@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.defences.compose import BATCH_AXIS
 from rain_jax.gradients import straight_through
 from rain_jax.image import mean_pool, random_pick, shift, to_even
 from rain_jax.types import Array, Defence, Image, Key, Upscaler, Variables
@@ -25,6 +26,7 @@ def rain(
     down: Down = "random",
     reach: float = 0.05,
     per_channel: bool = True,
+    shared_shift: bool = False,
 ) -> Defence:
     """RAIN (Du et al., arXiv:2004.14798), after the authors' code (dydjw9/RAIN).
 
@@ -72,7 +74,8 @@ def rain(
     def drawn(key: Key, image: Image) -> Array:
         """(dy, dx) in pixels of the half size; `key` is the one that `apply` gets."""
         most = furthest(-(-image.shape[0] // 2))
-        return jax.random.randint(jax.random.fold_in(key, 1), (2,), -most, most + 1)
+        own = jax.random.fold_in(key, 1)
+        return jax.random.randint(_first(own) if shared_shift else own, (2,), -most, most + 1)
 
     def picked(key: Key, image: Image) -> Image:
         if down == "bicubic":
@@ -126,6 +129,17 @@ def rain(
     if known:
         surrogates["average"] = average
     return Defence(init, apply, down == "random" or not known or reach > 0, surrogates)
+
+
+def _first(key: Key) -> Key:
+    """The key of the first image of the batch, where there is a batch."""
+    try:
+        place = jax.lax.axis_index(BATCH_AXIS)
+    except NameError:  # no such axis: one image by itself
+        return key
+    data = jax.random.key_data(key)
+    first = jax.lax.psum(jnp.where(place == 0, data, jnp.zeros_like(data)), BATCH_AXIS)
+    return jax.random.wrap_key_data(first, impl=jax.random.key_impl(key))
 
 
 def _halved(image: Image) -> Image:

@@ -14,8 +14,10 @@ The gradients are convolutions by the same function, so gradients of gradients s
 well. What it costs is forward mode: a `custom_vjp` has no `jvp`, so take Jacobians with `jacrev`.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from jax import lax
 from rain_jax.types import Array
 
 CANONICAL = ("NHWC", "HWIO", "NHWC")
+_by_lax = contextvars.ContextVar("by_lax", default=False)
 
 
 def conv_general_dilated(
@@ -76,8 +79,22 @@ def conv_general_dilated(
 
 
 def needs_loop_safety() -> bool:
-    """Whether this process computes on CPU by default."""
-    return jax.default_backend() == "cpu"
+    """Whether this process computes on CPU by default, and nobody asked for `lax` itself."""
+    return jax.default_backend() == "cpu" and not _by_lax.get()
+
+
+@contextlib.contextmanager
+def by_lax() -> Iterator[None]:
+    """What is traced in here convolves by `lax`, also on CPU.
+
+    For kernels that learn under a `vmap` over images: our rule would give every image a gradient of
+    its own, by a grouped convolution, before they are added; that of `lax` is one convolution.
+    """
+    token = _by_lax.set(True)
+    try:
+        yield
+    finally:
+        _by_lax.reset(token)
 
 
 def loop_safe_conv(

@@ -10,6 +10,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from rain_jax.checks import UsageError
 from rain_jax.models import layers
+from rain_jax.models.conv import by_lax
 from rain_jax.types import Array, Image, Key, Upscaler, Variables
 
 FACTOR = 2  # of all trained networks here: RAIN halves images before it enlarges them
@@ -37,15 +38,23 @@ def upscaler(module: nn.Module) -> Upscaler:
     def init(key: Key, image: Image) -> Variables:
         return dict(module.init(key, batch_of_one(image)))
 
-    def apply(variables: Variables, image: Image) -> Image:
+    def images_of(variables: Variables, image: Image) -> Array:
         try:
-            images: Array = module.apply(variables, batch_of_one(image))  # type: ignore[assignment]
+            return module.apply(variables, batch_of_one(image))  # type: ignore[return-value]
         except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
             raise UsageError(
                 f"these variables do not fit {module!r} on an image {list(image.shape)}: expected "
                 "those of a network of the same settings and number of channels"
             ) from error
-        return images[0]
+
+    def apply(variables: Variables, image: Image) -> Image:
+        fixed = jax.lax.stop_gradient
+        # One pass when compiled, and two ways back: weights learn at the top level of a step, under
+        # the `vmap` over its images, and images are climbed in loops.
+        with by_lax():
+            learning = images_of(variables, fixed(image))[0]
+        climbing = images_of(fixed(variables), image)[0]
+        return learning + (climbing - fixed(climbing))
 
     return Upscaler(init, apply, FACTOR)
 

@@ -15,7 +15,7 @@ from rain_jax.members import over_members, stacked
 from rain_jax.methods import natural
 from rain_jax.methods.members import side_by_side
 from rain_jax.models import upscalers
-from rain_jax.types import Batch
+from rain_jax.types import Batch, Network
 
 CLASSIFIER = models.preact_resnet(10, depths=(1,), width=4)
 RAIN = rain(upscalers.edsr(blocks=1, width=4))
@@ -77,6 +77,30 @@ def test_a_frozen_classifier_stands_still_unless_it_drifts():
     for before, after in zip(*trained(False), strict=True):
         np.testing.assert_array_equal(before, after)
     assert any(np.any(a != b) for a, b in zip(*trained(True), strict=True))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_shared_shift_is_the_batchs_and_no_attacks(shared):
+    """A network that shows its image: equal images differ where they were shifted apart."""
+    shifting = rain(upscalers.bicubic(), down="bicubic", reach=0.5, shared_shift=shared)
+    shown = Network(
+        lambda key, images: {"params": {"w": jnp.zeros(())}},
+        lambda variables, images, train=False, axis_name=None, keys=None: (
+            images.reshape(len(images), -1), {}
+        ),
+        192,
+    )  # fmt: skip
+    network = in_front(shifting, shown)
+    same = jnp.broadcast_to(IMAGES[:1], (6, 8, 8, 3))
+    keys = jax.random.split(jax.random.key(5), 6)
+    variables = network.init(jax.random.key(0), same)
+    whole, _ = network.apply(variables, same, keys=keys)
+    assert bool(jnp.all(whole == whole[:1])) == shared
+    # One at a time, as attacks and the judge see them, each draws its own.
+    one = jax.vmap(lambda image, key: network.apply(variables, image[None], keys=key[None])[0][0])
+    alone = one(same, keys)
+    assert not bool(jnp.all(alone == alone[:1]))
+    np.testing.assert_array_equal(alone[0], whole[0])
 
 
 def test_a_random_defence_needs_keys_and_a_trained_part_needs_parameters():

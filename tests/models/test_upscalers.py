@@ -305,3 +305,33 @@ def test_published_imdn_beats_bicubic_on_photographs(shared_data):
 
     assert abs(quality(upscalers.imdn(), variables) - 29.6) < 0.5
     assert abs(quality(upscalers.bicubic(), {}) - 26.2) < 0.5
+
+
+def test_weights_learn_by_one_convolution_for_all_images():
+    """Under `vmap` a rule of our own would make a gradient for every image and add them up."""
+    up = upscalers.edsr(blocks=1, width=4)
+    images = jax.random.uniform(jax.random.key(1), (5, 6, 6, 3))
+    variables = up.init(jax.random.key(0), images[0])
+
+    def total(variables, images):
+        return jnp.sum(jax.vmap(lambda image: up.apply(variables, image) ** 2)(images))
+
+    slope = jax.jit(jax.grad(total))
+    text = slope.lower(variables, images).compile().as_text()
+    assert "convolution(" in text
+    assert "feature_group_count" not in text
+    # And both ways back are the true gradients.
+    one = lambda variables, image: jnp.sum(up.apply(variables, image) ** 2)
+    each = [jax.grad(one)(variables, image) for image in images]
+    summed = jax.tree.map(lambda *leaves: sum(leaves), *each)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
+        slope(variables, images), summed,
+    )  # fmt: skip
+    direction = jax.random.normal(jax.random.key(2), images[0].shape)
+    step = 1e-2
+    rise = one(variables, images[0] + step * direction) - one(
+        variables, images[0] - step * direction
+    )
+    slope_there = jax.grad(one, argnums=1)(variables, images[0])
+    np.testing.assert_allclose(jnp.sum(slope_there * direction), rise / (2 * step), rtol=1e-2)
