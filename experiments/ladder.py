@@ -94,6 +94,8 @@ def rungs(
             name: Look(member)
             for name, member in suites.rand(threat, steps=ladder.steps, draws=ladder.draws).items()
         }
+        if threat.norm is norms.linf:
+            found |= _official(ladder, threat)
     elif threat.norm is not norms.l1:
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
         found |= {name: Look(member) for name, member in whole.items() if name != "square"}
@@ -118,6 +120,28 @@ def rungs(
     for name in ladder.without:
         one_of("config.evaluation.ladder.without", name, [name for name in found if name != "far"])
     return {name: look for name, look in found.items() if name not in ladder.without}
+
+
+def _official(ladder: Ladder, threat: Threat) -> dict[str, Look]:
+    """RAIN's attacks as its authors' code sets them, on logits in the place of probabilities.
+
+    Twice as many draws as elsewhere: 40 where those are 20. At radii of their own they tell what
+    such an evaluation would have said, and are no part of the worst case.
+    """
+    wide, usual = (threat._replace(radius=radius / 255) for radius in (16, 8))
+    estimator = eot(2 * ladder.draws)
+    return {
+        "official_pgd": Look(
+            attacks.pgd(wide, steps=40, step_size=1 / 255, start="clean", keep="last"), None, wide
+        ),
+        "official_eot": Look(
+            attacks.pgd(
+                usual, steps=40, step_size=2 / 255, start="clean", keep="last", estimator=estimator
+            ),
+            None,
+            usual,
+        ),
+    }
 
 
 def _surrogates(ladder: Ladder, assembly: Assembly) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ def test_a_random_defence_is_attacked_in_expectation_and_through_every_surrogate
         assert looks[name].through == name
     assert looks["transfer"].through == "classifier"
     assert looks["gray"].through == "gray"
-    assert [name for name, look in looks.items() if look.threat is not None] == ["far"]
+    checks = [name for name, look in looks.items() if look.threat is not None]
+    assert checks == ["official_pgd", "official_eot", "far"]
+    assert looks["official_pgd"].threat.radius == pytest.approx(16 / 255)
     assert looks["far"].threat.radius == pytest.approx(64 / 255)
 
 
@@ -112,7 +114,7 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     more = {"ensemble": VOTE} if defence is JPEG else {}
     # The others are attacks that have tests of their own, and take long to compile.
     left_out = (
-        ["rays", "fgsm", "apgd", "pgd", "gray"]
+        ["rays", "fgsm", "apgd", "pgd", "gray", "official_pgd", "official_eot"]
         if defence is RAIN
         else [
             "rays",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rain_jax.checks import within
 from rain_jax.gradients import straight_through
 from rain_jax.image import resize, shift
+from rain_jax.image.given import floats, whole
 from rain_jax.types import Array, Defence, Image, Key, Variables
 
 # Both step sizes of the primal-dual solver. Differences along two axes at most triple lengths
@@ -32,11 +33,11 @@ def bit_depth(*, bits: int = 3) -> Defence:
     Feature squeezing as its authors round (Xu et al., arXiv:1704.01155), at the depth of Guo et al.
     (arXiv:1711.00117), who leave one more value. Gradients are the identity's (BPDA).
     """
-    within("bits", bits, 1, 8)
+    whole("bits", bits, 1, 8)
     most = 2**bits - 1
 
     def rounded(variables: Variables, key: Key, image: Image) -> Image:
-        return jnp.round(image * most) / most
+        return jnp.round(floats(image) * most) / most
 
     return Defence(_without_variables, straight_through(rounded))
 
@@ -49,12 +50,12 @@ def median(*, width: int = 2) -> Defence:
     at its edges. The gradient goes to the pixels that were picked, which are few; the surrogate
     "identity" is BPDA.
     """
-    within("width", width, 1, 15)
+    whole("width", width, 1, 15)
     before = width // 2
     around = (before, width - 1 - before)
 
     def filtered(variables: Variables, key: Key, image: Image) -> Image:
-        height, broad, _ = image.shape
+        height, broad, _ = floats(image).shape
         padded = jnp.pad(image, (around, around, (0, 0)), mode="symmetric")
         windows = jnp.stack(
             [padded[i : i + height, j : j + broad] for i in range(width) for j in range(width)]
@@ -81,10 +82,10 @@ def total_variation(*, weight: float = 0.03, keep: float = 0.5, steps: int = 100
     """
     within("weight", weight, above=0.0)
     within("keep", keep, above=0.0, high=1.0)
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
 
     def solved(variables: Variables, key: Key, image: Image) -> Image:
-        kept = jax.random.bernoulli(key, keep, (*image.shape[:2], 1)).astype(image.dtype)
+        kept = jax.random.bernoulli(key, keep, (*floats(image).shape[:2], 1)).astype(image.dtype)
         pull = 2 * _STEP * kept
 
         def step(_: Any, state: tuple[Array, Array, Array, Array]) -> Any:
@@ -134,7 +135,7 @@ def resize_and_pad(
     within("canvas", canvas, smallest, 4.0)
 
     def apply(variables: Variables, key: Key, image: Image) -> Image:
-        height, width, _ = image.shape
+        height, width, _ = floats(image).shape
         tall, wide = round(canvas * height), round(canvas * width)
         size_key, place_key, flip_key = jax.random.split(key, 3)
         least = max(round(smallest * height), 1)
@@ -160,6 +161,6 @@ def gaussian_noise(*, scale: float = 0.25) -> Defence:
     within("scale", scale, 0.0)
 
     def apply(variables: Variables, key: Key, image: Image) -> Image:
-        return image + scale * jax.random.normal(key, image.shape, image.dtype)
+        return floats(image) + scale * jax.random.normal(key, image.shape, image.dtype)
 
     return Defence(_without_variables, apply, True)

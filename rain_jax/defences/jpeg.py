@@ -16,11 +16,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import UsageError, one_of, within
+from rain_jax.checks import UsageError, one_of
 from rain_jax.defences.tables import Statistics, Table, Tables, check, fd_steps, tables
 from rain_jax.gradients import straight_through
 from rain_jax.image import dct, idct, low_pass, standard_tables
 from rain_jax.image import jpeg as coded
+from rain_jax.image.given import floats, whole
+from rain_jax.image.jpeg import step_table
 from rain_jax.types import (
     Array,
     Defence,
@@ -83,7 +85,7 @@ def jpeg(*, quality: int = 75, subsampling: Subsampling = "444") -> Defence:
     "chroma"}}, [8, 8] each, so that qualities are data: variables of several can be stacked.
     Most encoders halve chroma, "420"; networks see colours as well as brightness, so "444" is ours.
     """
-    within("quality", quality, 1, 100)
+    whole("quality", quality, 1, 100)
     return _codec(lambda: standard_tables(quality), subsampling)
 
 
@@ -117,7 +119,8 @@ def shield(
     """
     if not qualities:
         raise UsageError("qualities=(): expected one at least")
-    within("qualities", qualities, 1, 100)
+    for quality in qualities:
+        whole("qualities", quality, 1, 100)
     one_of("subsampling", subsampling, ("444", "420"))
 
     def each(rounding: Any, variables: Variables, image: Image) -> Array:
@@ -179,8 +182,8 @@ def feature_distillation() -> Defence:
         quantise = _QUANTISERS[rounding]
 
         def apply(variables: Variables, key: Key, image: Image) -> Image:
-            height, width, _ = image.shape
-            steps = variables["tables"]["steps"]
+            height, width, _ = floats(image).shape
+            steps = step_table("steps", variables["tables"]["steps"])
             padding = ((0, -height % _BLOCK), (0, -width % _BLOCK))
 
             def channel(plane: Array) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.data.feeds import as_float
 from rain_jax.image import dct, idct, standard_tables
+from rain_jax.image.given import floats
 from rain_jax.losses import cross_entropy
 from rain_jax.parallel import image_keys, psum
 from rain_jax.types import (
@@ -75,7 +76,7 @@ def coefficients(image: Image) -> Array:
 
     C is 3, which becomes Y, Cb and Cr, or 1. Edges are continued up to whole blocks.
     """
-    height, width, channels = image.shape
+    height, width, channels = floats(image).shape
     planes = jnp.moveaxis(255 * image, -1, 0)
     planes = _mixed(_colours(channels), planes) - _GREY[:channels]
     padding = ((0, 0), (0, -height % 8), (0, -width % 8))
@@ -249,6 +250,13 @@ def check(table: Table, level: Any, statistics: Statistics | None) -> None:
         within("level", level, None, 255, above=0.0)
     if table in ("nn", "deepn") and statistics is None:
         raise UsageError(f"statistics=None: expected some: table={table!r} is made of them")
+    for name, values in () if statistics is None else statistics._asdict().items():
+        shape = np.shape(values)
+        known = not isinstance(values, jax.core.Tracer)
+        if shape not in ((1, 8, 8), (3, 8, 8)) or (known and not np.all(np.isfinite(values))):
+            raise UsageError(
+                f"statistics.{name} {list(shape)}: expected finite numbers, [1, 8, 8] or [3, 8, 8]"
+            )
 
 
 def tables(table: Table, level: Any, statistics: Statistics | None = None) -> Tables:
@@ -256,7 +264,7 @@ def tables(table: Table, level: Any, statistics: Statistics | None = None) -> Ta
 
     "nn" and "deepn" are made of `statistics`, which the others leave alone. Qualities lose their
     fractions. Raises `UsageError` for other names, levels outside of (0, 255], or
-    [1, 100] for "std", and for missing statistics.
+    [1, 100] for "std", and for missing or unfit statistics.
     """
     check(table, level, statistics)
     if table == "std":

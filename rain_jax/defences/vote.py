@@ -3,18 +3,26 @@
 import jax
 import jax.numpy as jnp
 
+from rain_jax.checks import UsageError
 from rain_jax.gradients import straight_through
 from rain_jax.types import Array, Logits
 
 
+def _of_members(logits: Array, least: int = 1) -> Array:
+    """Refuses what is not [M, K] with a member and `least` classes."""
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < least:
+        raise UsageError(f"logits {list(logits.shape)}: expected [members, classes]")
+    return logits
+
+
 def mean_logits(logits: Array) -> Logits:
     """The mean over members: smooth, and the usual way to attack a vote."""
-    return jnp.mean(logits, axis=0)
+    return jnp.mean(_of_members(logits), axis=0)
 
 
 def mean_probabilities(logits: Array) -> Logits:
     """The logarithm of the members' mean softmax, so that its own softmax is that mean."""
-    members = logits.shape[0]
+    members = _of_members(logits).shape[0]
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(float(members))
 
 
@@ -31,7 +39,7 @@ def vote_scores(logits: Array) -> Logits:
     votes the higher mean softmax wins (to float32's resolution), then the lower class. The rule is
     our own choice. Votes have no gradient; backwards it is that of `mean_logits` (BPDA).
     """
-    return _straight_votes(logits)
+    return _straight_votes(_of_members(logits))
 
 
 _straight_votes = straight_through(_votes, mean_logits)
@@ -45,7 +53,7 @@ def smallest_margins(logits: Array) -> Logits:
     that can be won most cheaply, and spends nothing on members already won; the mean logits do
     both. A form to attack the vote through (our own), never the vote itself.
     """
-    members, classes = logits.shape
+    members, classes = _of_members(logits, 2).shape
     best, runner_up = jnp.moveaxis(jax.lax.top_k(logits, 2)[0], -1, 0)
     leads = jnp.arange(classes)[None, :] == jnp.argmax(logits, axis=-1)[:, None]
     others = jnp.where(leads, runner_up[:, None], best[:, None])

@@ -1,12 +1,17 @@
-"""Operations on one image [H, W, C] that defences and studies are made of; batch with `vmap`."""
+"""Operations on one image [H, W, C] that defences and studies are made of; batch with `vmap`.
+
+Images are floats: bytes, planes and batches raise `UsageError`. A pixel that is not a number makes
+what is computed from it not a number, or is left out with the pixels that are; never anything else.
+"""
 
 from rain_jax.image.dct import dct, idct
 from rain_jax.image.jpeg import jpeg, standard_tables
 from rain_jax.image.resample import mean_pool, random_pick, resize, to_even
 from rain_jax.image.shift import random_shift, shift
-from rain_jax.image.spectrum import low_pass, radial_spectrum
+from rain_jax.image.spectrum import band_energy, low_pass, radial_spectrum
 
 __all__ = [
+    "band_energy",
     "dct",
     "idct",
     "jpeg",

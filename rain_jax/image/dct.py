@@ -27,9 +27,10 @@ def dct(block_image: Array) -> Array:
     The last two axes are vertical and horizontal frequency. Energy is kept, and coefficient (0, 0)
     is 8 times the mean of its block. Raises `UsageError` unless H and W are multiples of 8.
     """
-    height, width = block_image.shape
-    if height % BLOCK or width % BLOCK:
-        raise UsageError(f"block_image {[height, width]}: expected multiples of {BLOCK}")
+    shape = list(block_image.shape)
+    if len(shape) != 2 or 0 in shape or any(side % BLOCK for side in shape):
+        raise UsageError(f"block_image {shape}: expected [H, W], multiples of {BLOCK}")
+    height, width = shape
     blocks = block_image.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK)
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum("uy,ayxb,vb->axuv", _COSINES, blocks, _COSINES, precision=highest)

@@ -15,6 +15,7 @@ import numpy as np
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.gradients import straight_through
 from rain_jax.image.dct import BLOCK
+from rain_jax.image.given import floats
 from rain_jax.types import Array, Image
 
 Subsampling = Literal["444", "420"]
@@ -91,7 +92,7 @@ def standard_tables(quality: Any) -> tuple[Array, Array]:
 
 
 def _in_colour(image: Image) -> bool:
-    if image.shape[-1] not in (1, 3):
+    if floats(image).shape[-1] not in (1, 3):
         raise UsageError(f"image {list(image.shape)}: expected 3 channels, or 1")
     return image.shape[-1] == 3
 
@@ -237,27 +238,36 @@ def jpeg(
     """
     one_of("subsampling", subsampling, ("444", "420"))
     quantise = _QUANTISERS[one_of("rounding", rounding, _QUANTISERS)]
+    coloured = _in_colour(image)
+    luma = step_table("luma", luma)
+    chroma = step_table("chroma", chroma) if coloured else luma
     height, width, _ = image.shape
     levels = _byte(255 * image)
-    luma = _table("luma", luma)[None]
-    if not _in_colour(image):
-        grey = _quantised(levels.reshape(1, height, width), luma, quantise)
+    if not coloured:
+        grey = _quantised(levels.reshape(1, height, width), luma[None], quantise)
         return grey.reshape(image.shape) / 255
 
-    chroma = jnp.stack([_table("chroma", chroma)] * 2)
     planes = _to_planes(levels)
     if subsampling == "444":
-        planes = _quantised(planes, jnp.concatenate([luma, chroma]), quantise)
+        planes = _quantised(planes, jnp.stack([luma, chroma, chroma]), quantise)
         return _to_colours(planes) / 255
-    full = _quantised(planes[:1], luma, quantise)
-    small = _quantised(_halved(planes[1:]), chroma, quantise)
+    full = _quantised(planes[:1], luma[None], quantise)
+    small = _quantised(_halved(planes[1:]), jnp.stack([chroma, chroma]), quantise)
     # A decoder knows the true width, and fills up from the last column inside it.
     doubled = _doubled(small[:, :, : -(-width // 2)])[:, :height, :width]
     return _to_colours(jnp.concatenate([full, doubled])) / 255
 
 
-def _table(where: str, table: Any) -> Array:
-    table = jnp.asarray(within(where, table, 1), jnp.float32)
-    if table.shape != (BLOCK, BLOCK):
-        raise UsageError(f"{where} {list(table.shape)}: expected [{BLOCK}, {BLOCK}]")
-    return table
+def step_table(where: str, table: Any) -> Array:
+    """Steps [8, 8] in float32; raises `UsageError` for other shapes, and steps below 1.
+
+    Traced tables are taken at their word: by a step of zero nothing comes out that is a number.
+    """
+    if np.shape(table) != (BLOCK, BLOCK):
+        raise UsageError(f"{where} {list(np.shape(table))}: expected [{BLOCK}, {BLOCK}]")
+    if not isinstance(table, jax.core.Tracer):
+        known = np.asarray(table, np.float32)
+        if not np.all((known >= 1) & (known < np.inf)):
+            ends = f"{np.min(known):g} to {np.max(known):g}"
+            raise UsageError(f"{where} of {ends}: expected finite steps of at least 1")
+    return jnp.asarray(table, jnp.float32)

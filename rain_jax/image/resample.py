@@ -6,7 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import UsageError, one_of, within
+from rain_jax.checks import UsageError, one_of
+from rain_jax.image.given import floats, whole
 from rain_jax.types import Array, Image, Key
 
 Method = Literal["nearest", "area", "linear", "cubic"]
@@ -18,13 +19,13 @@ _KEYS = -0.5
 
 def to_even(image: Image) -> Image:
     """[H, W, C] with its last row and column doubled where that makes H and W even."""
-    height, width, _ = image.shape
+    height, width, _ = floats(image).shape
     return jnp.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def _windows(image: Image) -> Array:
     """[H, W, C] as its 2x2 windows [H/2, 2, W/2, 2, C]."""
-    height, width, channels = image.shape
+    height, width, channels = floats(image).shape
     if height % 2 or width % 2:
         raise UsageError(f"image {list(image.shape)}: expected even height and width; see to_even")
     return image.reshape(height // 2, 2, width // 2, 2, channels)
@@ -112,11 +113,13 @@ def resize(image: Image, size: Any, *, canvas: Sequence[int], method: Method = "
     centre without a filter against aliasing, as `jax.image.resize(..., antialias=False)` does:
     weights that fall outside the image are shared out among those inside. Only "cubic" can leave
     the range of the image; it is not clipped. The resize is linear in the image and its gradient
-    exact. Raises `UsageError` for sizes outside the canvas and for unknown methods.
+    exact. Raises `UsageError` for sizes outside the canvas or between pixels, and for unknown methods.
     """
     one_of("method", method, _METHODS)
     (height, width), (tall, wide) = size, canvas
-    down = _matrix(image.shape[0], within("size", height, 1, tall), tall, method)
-    across = _matrix(image.shape[1], within("size", width, 1, wide), wide, method)
+    before, broad, _ = floats(image).shape
+    whole("size", height, 1, tall)
+    whole("size", width, 1, wide)
+    down, across = _matrix(before, height, tall, method), _matrix(broad, width, wide, method)
     rows = jnp.einsum("yh,hwc->ywc", down, image, precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("xw,ywc->yxc", across, rows, precision=jax.lax.Precision.HIGHEST)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.checks import within
+from rain_jax.image.given import floats
 from rain_jax.image.jpeg import luminance
-from rain_jax.types import Array, Image
+from rain_jax.types import Array, Image, Scalar
 
 # Keeps the logarithm of an absent frequency finite.
 _FLOOR = 1e-8
@@ -26,7 +27,7 @@ def radial_spectrum(image: Image) -> Array:
     frequencies that are r / n cycles per pixel, to the nearest, from black to the finest pattern
     that a row can hold. The corners beyond are left out.
     """
-    height, width, _ = image.shape
+    height, width, _ = floats(image).shape
     shorter = min(height, width)
     vertical, horizontal = _frequencies(height, width)
     ring = np.floor(np.hypot(vertical, horizontal) * shorter + 0.5).astype(np.int32).ravel()
@@ -36,6 +37,21 @@ def radial_spectrum(image: Image) -> Array:
     return total / np.bincount(ring)[:rings].astype(np.float32)
 
 
+def band_energy(image: Image, *, above: Any) -> Scalar:
+    """The sum of squares that frequencies of more than `above` cycles per pixel add to luminance.
+
+    [H, W, C] in [0, 1], colour or grey, to a scalar. Frequencies are by their length, from 0 to
+    0.71 in the corners, and `above`, at least 0, may be traced: energies above 0 are the sum of
+    (luminance - its mean)^2. Raises `UsageError` for a negative one.
+    """
+    within("above", above, 0)
+    vertical, horizontal = _frequencies(*floats(image).shape[:2])
+    length = np.hypot(vertical, horizontal).astype(np.float32)
+    power = jnp.abs(jnp.fft.fft2(luminance(image))) ** 2
+    # Of the transform's power, by Parseval: as many times more as there are pixels.
+    return jnp.sum(jnp.where(length > jnp.asarray(above, jnp.float32), power, 0.0)) / length.size
+
+
 def low_pass(image: Image, cutoff: Any) -> Image:
     """Keeps of [H, W, C] the frequencies of at most cutoff / 2 cycles per pixel on both axes.
 
@@ -43,7 +59,7 @@ def low_pass(image: Image, cutoff: Any) -> Image:
     the result is not clipped and may leave [0, 1]. Raises `UsageError` for other cutoffs.
     """
     within("cutoff", cutoff, 0, 1)
-    vertical, horizontal = _frequencies(*image.shape[:2])
+    vertical, horizontal = _frequencies(*floats(image).shape[:2])
     furthest = np.maximum(vertical, horizontal).astype(np.float32)
     kept = (furthest <= jnp.asarray(cutoff, jnp.float32) / 2)[:, :, None]
     waves = jnp.fft.fft2(image, axes=(0, 1))

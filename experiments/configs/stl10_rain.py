@@ -1,0 +1,48 @@
+"""RAIN on STL-10, the data of its authors, in front of a naturally trained classifier.
+
+    python -m experiments.train --config=experiments/configs/stl10_natural.py
+    python -m experiments.upscale --config=experiments/configs/upscaling/edsr_small.py
+    python -m experiments.train --config=experiments/configs/stl10_rain.py
+
+Du et al. (arXiv:2004.14798), after the authors' code, with a small EDSR at a size for two CPU
+cores. The authors' own: `--config.defence.upscaler.blocks=16 --config.defence.upscaler.width=64
+--config.defence.shared_shift=true --config.start.drift=true --config.training.epochs=250
+--config.training.batch_size=128 --config.schedule.name=piecewise
+--config.schedule.at=(150,175,225) --config.schedule.factor=0.2 --config.schedule.peak=1e-4`,
+with published weights in `--config.start.defence=FILE.npz`.
+"""
+
+import ml_collections
+
+from experiments.build import config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """SGD with the authors' momentum and weight decay, a larger rate for fewer epochs."""
+    return config(
+        seed=0,
+        data=dict(name="tfds:stl10_part", holdout=300),
+        augment=dict(crop_padding=4, flip=True),
+        network=dict(
+            name="preact_resnet",
+            depths=(1, 1, 1, 1),
+            width=16,
+            mean=(0.4467, 0.4398, 0.4066),
+            std=(0.2603, 0.2566, 0.2713),
+        ),
+        defence=dict(name="rain", upscaler=dict(name="edsr", blocks=4, width=32)),
+        start=dict(classifier="runs/stl10_natural", defence="runs/edsr_small", trained="defence"),
+        threat=dict(norm="linf", radius=8 / 255),
+        method=dict(name="natural"),
+        optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
+        schedule=dict(name="cosine", peak=1e-3),
+        training=dict(epochs=5, batch_size=64),
+        validation=dict(every_epochs=1, batch_size=100),
+        checkpoints=dict(every_epochs=1),
+        evaluation=dict(
+            batch_size=50,
+            images=200,
+            eight_bit=True,
+            attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255)),
+        ),
+    )
