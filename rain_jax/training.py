@@ -88,7 +88,7 @@ def minimise(
         key = jax.random.fold_in(key, state.step)
         gradient_of = jax.value_and_grad(objective, has_aux=True)
         (loss, (model_state, metrics)), gradient = gradient_of(
-            state.params, state.model_state, key, batch, axis_name
+            state.params, state.model_state, key, batch, axis_name, state.step
         )
         # Sums, then one division: images that are padding weigh nothing, on whatever device.
         metrics = dict(metrics, loss=loss, images=jnp.sum(batch.valid).astype(jnp.float32))

@@ -169,7 +169,8 @@ class Objective(Protocol):
     """What a training method minimises, on the images of one device.
 
     Returns the sum of the loss over the batch's valid images (the caller divides by their number
-    over all devices), the model state after the forward pass and sums of metrics.
+    over all devices), the model state after the forward pass and sums of metrics. `step` is how
+    many steps are done, for what changes in the course of a run.
     """
 
     def __call__(
@@ -179,6 +180,7 @@ class Objective(Protocol):
         key: Key,
         batch: Batch,
         axis_name: AxisName = None,
+        step: Scalar | int = 0,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]: ...
 
 

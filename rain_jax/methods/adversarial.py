@@ -1,9 +1,10 @@
 """Adversarial training (Madry et al., arXiv:1706.06083)."""
 
-import jax.numpy as jnp
+import jax
 
 from rain_jax.checks import within
-from rain_jax.methods.common import BatchNorm, attack_batch, outer_loss
+from rain_jax.losses import soft_cross_entropy
+from rain_jax.methods.common import BatchNorm, attack_batch, moved, outer, right, targets, total
 from rain_jax.types import (
     Attack,
     AxisName,
@@ -33,16 +34,16 @@ def adversarial(
     within("label_smoothing", label_smoothing, 0.0, below=1.0)
 
     def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        params: Params, model_state: ModelState, key: Key, batch: Batch,
+        axis_name: AxisName = None, step: Scalar | int = 0,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
         images, model_state = attack_batch(
             network, attack, params, model_state, key, batch,
             batch_norm=batch_norm, axis_name=axis_name,
         )  # fmt: skip
-        loss, correct, model_state = outer_loss(
-            network, params, model_state, key, batch, images, label_smoothing, axis_name
-        )
-        moved = jnp.max(jnp.abs(images - batch.image), axis=(1, 2, 3))
-        return loss, (model_state, {"correct": correct, "moved": jnp.sum(batch.valid * moved)})
+        seen = outer(network, params, model_state, key, batch, images, axis_name)
+        losses = jax.vmap(soft_cross_entropy)(seen.logits, targets(network, batch, label_smoothing))
+        metrics = {"correct": right(batch, seen.logits), "moved": moved(batch, images)}
+        return total(batch, losses), (seen.model_state, metrics)
 
     return objective

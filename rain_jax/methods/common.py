@@ -1,13 +1,13 @@
 """What several training methods share: the outer forward pass, and attacks inside a step."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, one_of
-from rain_jax.losses import smooth, soft_cross_entropy
+from rain_jax.losses import smooth
 from rain_jax.parallel import image_keys
 from rain_jax.types import (
     Array,
@@ -31,17 +31,23 @@ _IMAGE_AXIS = "image"
 _OUTSIDE = 2**31 - 1
 
 
-def outer_loss(
+class Outer(NamedTuple):
+    """The forward pass that training learns from."""
+
+    logits: Array  # [B, K]
+    model_state: ModelState
+
+
+def outer(
     network: Network,
     params: Params,
     model_state: ModelState,
     key: Key,
     batch: Batch,
     images: Array,
-    label_smoothing: float,
     axis_name: AxisName,
-) -> tuple[Scalar, Scalar, ModelState]:
-    """Summed cross-entropy and number right on `images` in training mode, and the new state.
+) -> Outer:
+    """Logits of `images` in training mode, and the new state.
 
     `key` is that of the step: a random network draws from it, image by image.
     """
@@ -52,10 +58,27 @@ def outer_loss(
         axis_name=axis_name,
         keys=_draws(network, key, batch),
     )
-    targets = jax.vmap(lambda label: smooth(label, network.classes, label_smoothing))(batch.label)
-    losses = jax.vmap(soft_cross_entropy)(logits, targets)
-    right = batch.valid & (jnp.argmax(logits, -1) == batch.label)
-    return jnp.sum(jnp.where(batch.valid, losses, 0.0)), jnp.sum(right * 1.0), model_state
+    return Outer(logits, model_state)
+
+
+def targets(network: Network, batch: Batch, label_smoothing: float) -> Array:
+    """The labels as probabilities [B, K]."""
+    return jax.vmap(lambda label: smooth(label, network.classes, label_smoothing))(batch.label)
+
+
+def total(batch: Batch, values: Array) -> Scalar:
+    """The sum of `values` [B] over the valid images."""
+    return jnp.sum(jnp.where(batch.valid, values, 0.0))
+
+
+def right(batch: Batch, logits: Array) -> Scalar:
+    """How many of the valid images `logits` [B, K] get right."""
+    return jnp.sum((batch.valid & (jnp.argmax(logits, -1) == batch.label)) * 1.0)
+
+
+def moved(batch: Batch, images: Array) -> Scalar:
+    """The sum over the valid images of their largest change in a pixel value."""
+    return total(batch, jnp.max(jnp.abs(images - batch.image), axis=(1, 2, 3)))
 
 
 def _draws(network: Network, key: Key, batch: Batch) -> Array | None:
@@ -78,6 +101,7 @@ def attack_batch(
 ) -> tuple[Array, ModelState]:
     """Adversarial images [B, H, W, C] against the current weights, and the model state after.
 
+    Where `attack` returns more than an image, so does this, for each image.
     `batch_norm` says what batch normalisation does inside the attack. Published recipes differ
     in this, and it matters for the numbers:
     - "eval": running averages (TRADES, MART, AWP, SENSE, Pang et al.). Images stay independent.
@@ -91,13 +115,13 @@ def attack_batch(
     params, model_state = jax.lax.stop_gradient((params, model_state))
     keys = image_keys(key, batch.index)
     train = batch_norm != "eval"
-    outer = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    across = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
 
     def logits_fn_with(state: ModelState) -> LogitsFn:
         def logits_fn(key: Key, image: Array) -> Array:
             variables = {"params": params, **state}
             # One image at a time, yet normalised over all of them: the batch is a named axis.
-            axis = (_IMAGE_AXIS, *outer) if train else None
+            axis = (_IMAGE_AXIS, *across) if train else None
             logits, _ = network.apply(
                 variables, image[None], train=train, axis_name=axis, keys=key[None]
             )

@@ -29,12 +29,13 @@ def side_by_side(objectives: Sequence[Objective], *, how: How = "auto") -> Objec
     """
 
     def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        params: Params, model_state: ModelState, key: Key, batch: Batch,
+        axis_name: AxisName = None, step: Scalar | int = 0,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
         def member(
             one: Objective, own: tuple[Params, ModelState], number: Array
         ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-            return one(*own, jax.random.fold_in(key, number), batch, axis_name)
+            return one(*own, jax.random.fold_in(key, number), batch, axis_name, step)
 
         losses, (model_state, metrics) = over_members(
             objectives, member, (params, model_state), how

@@ -1,7 +1,10 @@
 """Natural training: cross-entropy on the images as they are."""
 
+import jax
+
 from rain_jax.checks import within
-from rain_jax.methods.common import outer_loss
+from rain_jax.losses import soft_cross_entropy
+from rain_jax.methods.common import outer, right, targets, total
 from rain_jax.types import (
     AxisName,
     Batch,
@@ -20,11 +23,11 @@ def natural(network: Network, *, label_smoothing: float = 0.0) -> Objective:
     within("label_smoothing", label_smoothing, 0.0, below=1.0)
 
     def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        loss, correct, model_state = outer_loss(
-            network, params, model_state, key, batch, batch.image, label_smoothing, axis_name
-        )
-        return loss, (model_state, {"correct": correct})
+        params: Params, model_state: ModelState, key: Key, batch: Batch,
+        axis_name: AxisName = None, step: Scalar | int = 0,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
+        seen = outer(network, params, model_state, key, batch, batch.image, axis_name)
+        losses = jax.vmap(soft_cross_entropy)(seen.logits, targets(network, batch, label_smoothing))
+        return total(batch, losses), (seen.model_state, {"correct": right(batch, seen.logits)})
 
     return objective

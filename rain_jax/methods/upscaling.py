@@ -63,7 +63,12 @@ def upscaling(
         return jnp.mean(jnp.abs(found - image))
 
     def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch, axis_name: AxisName = None
+        params: Params,
+        model_state: ModelState,
+        key: Key,
+        batch: Batch,
+        axis_name: AxisName = None,
+        step: Scalar | int = 0,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         keys = image_keys(key, batch.index)
         losses = jax.vmap(loss, (None, None, 0, 0))(params, model_state, keys, batch.image)
