@@ -1,0 +1,121 @@
+"""From a trained classifier to the tables of NN-JPEG, and published weights to RAIN's network."""
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import analyse, build, evaluate, start, train
+from rain_jax import attacks, data
+from rain_jax.checks import UsageError
+from rain_jax.defences import tables
+from rain_jax.parallel import choose_devices, place
+
+
+def config_of(folder, *changes, **sections):
+    scope: dict = {}
+    exec(commands.write_config(folder).read_text(), scope)
+    whole = build.plain(scope["get_config"]())
+    whole["evaluation"] = {"attacks": {"fgsm": {"name": "fgsm"}}, "images": 10, "batch_size": 32}
+    whole["parallel"]["devices"] = 1
+    return build.changed({**whole, **sections}, changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysed")
+    config = config_of(folder)
+    train.main(build.changed(config, [("training.epochs", 0.2)]), folder / "run")
+    analyse.main(config, folder / "run")
+    return config, folder / "run"
+
+
+def test_statistics_are_those_of_the_training_images(run):
+    config, folder = run
+    assert (folder / "statistics.png").is_file()
+    with np.load(folder / "statistics.npz") as file:
+        found = tables.Statistics(**dict(file))
+    experiment = build.experiment(config)
+    images = data.as_float(data.resident(experiment.splits.train)[0])
+    coefficients = jax.vmap(tables.coefficients)(jnp.asarray(images))
+    clean = np.std(np.asarray(coefficients), axis=(0, 2, 3))
+    np.testing.assert_allclose(found.clean, clean, rtol=1e-3)
+    # An attack of radius 0.1 adds noise of about 25 levels to each coefficient, and no more.
+    assert 5 < np.mean(found.noise) < 26
+    assert np.all(found.slope >= 0)
+    assert np.mean(found.slope) > 0
+
+
+def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
+    config, folder = run
+    statistics = str(folder / "statistics.npz")
+    defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=statistics)
+    experiment = build.experiment(build.changed(config, [("defence", defence)]))
+    images = jnp.zeros((1, *experiment.splits.train.shape))
+    variables = experiment.network.init(jax.random.key(0), images)
+    with np.load(statistics) as file:
+        luma, _ = tables.nn_table(tables.Statistics(**dict(file)), 40.0)
+    np.testing.assert_allclose(variables["frozen"]["defence"]["tables"]["luma"], luma)
+
+
+def test_a_defended_run_is_refused(run):
+    config, folder = run
+    with pytest.raises(UsageError, match="bare classifier"):
+        analyse.main(build.changed(config, [("defence", dict(name="jpeg"))]), folder)
+
+
+def test_moments_do_not_depend_on_batches(run):
+    config, folder = run
+    experiment = build.experiment(config)
+    variables, _ = evaluate.load(experiment, folder)
+    attack = attacks.fgsm(experiment.threat)
+    of = evaluate.logits_fn_of(experiment.network)
+    key = jax.random.key(0)
+
+    def told(size):
+        batches = data.evaluation_batches(data.first(experiment.splits.train, 20), size)
+        return tables.statistics(tables.moments(key, of(variables), attack, b) for b in batches)
+
+    for a, b in zip(told(20), told(8), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_published_weights_come_from_a_file(tmp_path):
+    """An EDSR's state dict with the published names, as somebody's .npz."""
+    rain = dict(name="rain", upscaler=dict(name="edsr", blocks=1, width=4))
+    images = np.zeros((80, 8, 8, 3), np.uint8)
+    labels = np.arange(80) % 10
+    np.savez(tmp_path / "data.npz", train_image=images, train_label=labels,
+             test_image=images, test_label=labels)  # fmt: skip
+    shapes = {
+        "head.0": (4, 3), "body.0.body.0": (4, 4), "body.0.body.2": (4, 4), "body.1": (4, 4),
+        "tail.0.0": (16, 4), "tail.1": (3, 4),
+    }  # fmt: skip
+    draw = np.random.default_rng(0)
+    state = {}
+    for name, (out, into) in shapes.items():
+        state[f"{name}.weight"] = draw.normal(size=(out, into, 3, 3)).astype(np.float32)
+        state[f"{name}.bias"] = draw.normal(size=out).astype(np.float32)
+    np.savez(tmp_path / "edsr.npz", **state)
+
+    def begun(**more):
+        sections = dict(
+            data=dict(name=f"arrays:{tmp_path / 'data.npz'}", holdout=10),
+            defence=rain,
+            start=dict(defence=str(tmp_path / "edsr.npz"), trained="defence"),
+        )
+        experiment = build.experiment(config_of(tmp_path, **{**sections, **more}))
+        variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+        return start.begun(experiment, variables, place("shard_map", choose_devices(1)))
+
+    found = begun()["params"]["defence"]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
+    assert sorted(leaf.size for leaf in leaves) == sorted(v.size for v in state.values())
+    assert np.isclose(sum(leaf.sum() for leaf in leaves), sum(v.sum() for v in state.values()))
+    wide = {**rain, "upscaler": dict(name="edsr", blocks=1, width=8)}
+    with pytest.raises(UsageError, match=r"config\.start\.defence.*expected the weights"):
+        begun(defence=wide)
+    nowhere = dict(defence=str(tmp_path / "no.npz"), trained="defence")
+    with pytest.raises(UsageError, match=r"config\.start\.defence.*\.npz"):
+        begun(start=nowhere)
