@@ -32,7 +32,7 @@ from rain_jax.checks import UsageError, one_of
 from rain_jax.parallel import Devices, choose_devices, place
 from rain_jax.types import Array, Batch, Iteration, Key, LogitsFn, Variables
 
-SHIFTS = jnp.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `peers.SHIFTS`
+SHIFTS = jnp.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `twins.SHIFTS`
 
 
 class Subject(NamedTuple):
@@ -59,7 +59,7 @@ class Subject(NamedTuple):
 
 def subject(folder: Path, images: int, random: str | None, batch_size: int) -> Subject:
     """The model of a run, or one with random weights, or one that shifts its images at random."""
-    from experiments import peers
+    from experiments import twins
 
     experiment = build.experiment(workdir.read_config(folder))
     devices = place("shard_map", choose_devices())
@@ -71,14 +71,14 @@ def subject(folder: Path, images: int, random: str | None, batch_size: int) -> S
     else:
         variables, _ = evaluate.load(experiment, folder)
     network = experiment.config["network"]
-    twin = peers.twin(network, jax.tree.map(np.asarray, variables))
+    twin = twins.twin(network, jax.tree.map(np.asarray, variables))
     of = logits_fn_of(experiment.network)
     if random == "weights":
         # It is right about everything that way, and its attacks have something to do.
         labels = np.argmax(np.asarray(_logits(of, variables, pixels)), axis=1).astype(np.int32)
     _check_twin(_logits(of, variables, pixels[:64]), twin, pixels[:64])
     if random == "shift":
-        of, twin = shifted(of), peers.Shifted(twin)
+        of, twin = shifted(of), twins.Shifted(twin)
     return Subject(
         of, devices.replicate(variables), twin, pixels, labels, experiment, devices, batch_size
     )

@@ -341,6 +341,8 @@ def evaluate(
             if not proven.valid:
                 record["worst_case"] = None
         write_json(folder / "evaluation.json", record)
+        if proven is not None:
+            report.ladder_figure(folder / "ladder.png", record)
         verdicts: dict[str, Any] = {
             f"{title}/{field}": np.asarray(value)
             for title, column in {

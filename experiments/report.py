@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS
 from experiments.logs import table
 from rain_jax.evaluation import Proportion
 
@@ -139,4 +140,52 @@ def curves(folder: Path) -> None:
     below.set_xlabel("step")
     below.legend(fontsize=8)
     drawn.savefig(folder / "curves.png", dpi=130)
+    plt.close(drawn)
+
+
+def ladder_figure(path: Path, record: dict[str, Any]) -> None:
+    """Draws what evaluation.json says of a ladder: its rungs, and the sweep where there is one.
+
+    On the left the accuracy under each rung with Wilson's 95 % interval: grey for
+    controls, orange for what goes without gradients of the defended model, blue for the others;
+    "worst case" is missing where a check failed. On the right accuracy against steps, a line for
+    each number of draws.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rungs = {"clean": record["clean"], **record["attacks"]}
+    if record["worst_case"] is not None:
+        rungs["worst case"] = record["worst_case"]
+    sweep = record["ladder"]["sweep"]
+    drawn, axes = plt.subplots(
+        1, 2 if sweep else 1, figsize=(9 if sweep else 5, 1 + 0.24 * len(rungs)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    left = axes[0, 0]
+    for place, (name, row) in enumerate(rungs.items()):
+        value, (low, high) = 100 * row["accuracy"], (100 * end for end in row["interval_95"])
+        blind = name in (*OBLIVIOUS, *BLACK_BOX)
+        control = name in ("clean", *CONTROLS)
+        colour = "tab:gray" if control else "tab:orange" if blind else "tab:blue"
+        error = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+        left.barh(place, value, xerr=error, color=colour, ecolor="black", capsize=2)
+    left.set_yticks(range(len(rungs)), list(rungs), fontsize=8)
+    left.invert_yaxis()
+    left.set_xlim(0, 100)
+    left.set_xlabel("accuracy, %")
+    left.set_title("grey: controls; orange: without gradients of the model", fontsize=8)
+    for draws in dict.fromkeys(cell["draws"] for cell in sweep):
+        cells = [cell for cell in sweep if cell["draws"] == draws]
+        axes[0, 1].plot(
+            [cell["steps"] for cell in cells], [100 * cell["accuracy"] for cell in cells],
+            marker="o", markersize=3, label=f"{draws} draw{'s' if draws > 1 else ''}",
+        )  # fmt: skip
+    if sweep:
+        axes[0, 1].set_xlabel("steps")
+        axes[0, 1].set_ylabel("accuracy, %")
+        axes[0, 1].legend(fontsize=8)
+    drawn.savefig(path, dpi=130)
     plt.close(drawn)

@@ -1,5 +1,5 @@
-"""Bad images, settings and tables, for every defence and image operation: refused in one line before
-anything compiles, or with the result that is documented.
+"""Bad images, settings and tables, for every defence and image operation: refused in one line
+before anything compiles, or with the result that is documented.
 """
 
 import jax
@@ -179,6 +179,7 @@ def statistics(noise):
         (lambda: ops.jpeg(IMAGE, ONES, None), "chroma []: expected [8, 8]"),
         (lambda: ops.jpeg(IMAGE, ONES[:4], ONES), "luma [4, 8]: expected [8, 8]"),
         (lambda: defences.feature_distillation().apply(STEPS, KEY, IMAGE), "steps of 0 to 0"),
+        (lambda: tables.coefficients(NO_IMAGES["bytes"]), "image uint8"),
         (lambda: ops.dct(ONES[:, :7]), "block_image [8, 7]: expected [H, W], multiples of 8"),
         (lambda: ops.dct(IMAGE), "block_image [8, 8, 3]"),
         (lambda: settings.Ensemble("defence.level", ()), "config.ensemble.values=()"),

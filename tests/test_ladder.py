@@ -143,6 +143,7 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     assert "images have gradients" in names
     assert len(found["sweep"]) == (4 if defence is RAIN else 2)
     assert found["valid"] == all(check["passed"] for check in found["checks"])
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     # No number where a check fails.
     assert ("worst case" in row.columns) == found["valid"]
     assert (record["worst_case"] is not None) == found["valid"]

@@ -115,8 +115,8 @@ def rain(
         return jax.lax.scan(one, jnp.zeros_like(image), moves)[0] / len(moves)
 
     def moved(variables: Variables, key: Key, image: Image) -> Image:
-        height, width, _ = image.shape
-        return shift(to_even(image), 2 * drawn(key, image))[:height, :width]
+        whole = shift(to_even(image), 2 * drawn(key, image))
+        return whole[: image.shape[0], : image.shape[1]]
 
     def gray(variables: Variables, key: Key, image: Image) -> Image:
         return enlarged(variables, _halved(to_even(image)), image)

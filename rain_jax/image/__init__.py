@@ -1,7 +1,7 @@
 """Operations on one image [H, W, C] that defences and studies are made of; batch with `vmap`.
 
-Images are floats: bytes, planes and batches raise `UsageError`. A pixel that is not a number makes
-what is computed from it not a number, or is left out with the pixels that are; never anything else.
+Images are floats: bytes, planes and batches raise `UsageError`. What is computed from a pixel that
+is not a number is none either.
 """
 
 from rain_jax.image.dct import dct, idct

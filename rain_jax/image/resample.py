@@ -113,7 +113,8 @@ def resize(image: Image, size: Any, *, canvas: Sequence[int], method: Method = "
     centre without a filter against aliasing, as `jax.image.resize(..., antialias=False)` does:
     weights that fall outside the image are shared out among those inside. Only "cubic" can leave
     the range of the image; it is not clipped. The resize is linear in the image and its gradient
-    exact. Raises `UsageError` for sizes outside the canvas or between pixels, and for unknown methods.
+    exact. Raises `UsageError` for sizes outside the canvas, or between pixels, and for unknown
+    methods.
     """
     one_of("method", method, _METHODS)
     (height, width), (tall, wide) = size, canvas

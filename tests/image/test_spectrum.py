@@ -62,8 +62,34 @@ def test_low_pass_is_a_projection_from_the_mean_to_everything():
     np.testing.assert_allclose(slope, ops.low_pass(weight, 0.3), atol=1e-5)
 
 
+def test_the_energy_of_a_band_is_that_of_the_waves_in_it():
+    slow, fast, slanted = wave(16, 20, 2, 0), wave(16, 20, 0, 8), wave(16, 20, 4, 5)
+    image = slow + fast + slanted
+    # A cosine of amplitude 1/4 has a mean square of 1/32; they are at 1/8, 2/5 and root 1/8.
+    each = 16 * 20 / 32
+    above = jnp.array([0.0, 0.125, 0.35, 0.36, 0.4])
+    found = jax.jit(jax.vmap(lambda f: ops.band_energy(image, above=f)))(above)
+    np.testing.assert_allclose(found, np.array([3, 2, 2, 1, 0]) * each, atol=1e-3)
+
+
+def test_energies_above_zero_are_the_variance_of_luminance_wherever_it_stands():
+    noise = jax.random.uniform(jax.random.key(3), (15, 18, 3))
+    grey = noise @ jnp.array([[0.299], [0.587], [0.114]])
+    total = 15 * 18 * jnp.var(grey)
+    np.testing.assert_allclose(ops.band_energy(noise, above=0.0), total, rtol=1e-5)
+    high = ops.band_energy(noise, above=0.25)
+    np.testing.assert_allclose(
+        ops.band_energy(ops.shift(noise, (4, -3)), above=0.25), high, rtol=1e-5
+    )
+    # Above half a cycle only the corners are left, and above 0.71 nothing.
+    assert 0 < ops.band_energy(noise, above=0.5) < high
+    assert ops.band_energy(noise, above=0.71) == 0
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(UsageError, match="cutoff"):
         ops.low_pass(wave(8, 8, 1, 1), 1.5)
+    with pytest.raises(UsageError, match="above=-1"):
+        ops.band_energy(wave(8, 8, 1, 1), above=-1)
     with pytest.raises(UsageError, match="channels"):
         ops.radial_spectrum(jnp.zeros((8, 8, 2)))
