@@ -6,8 +6,9 @@
     python -m experiments.compare runs/mnist --speed --images=200   interleaved, as ratios
 
 Every image, theirs and ours, goes before the same judge: fresh keys, the threat in float64. Prints
-a table and writes `compare.json` into the run's folder (`--out=FILE`: elsewhere). PyTorch and the
-peers come with the extra `peers`.
+a table and writes `compare.json` into the run's folder (`--out=FILE`: elsewhere); started again, a
+comparison that was stopped goes on behind its last attack. PyTorch and the peers come with the
+extra `peers`.
 """
 
 import argparse
@@ -180,8 +181,10 @@ def judged(what: Subject, images: np.ndarray, key: Key, draws: int = 1) -> evalu
 # --- The three comparisons --------------------------------------------------------------------
 
 
-def strength(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Robust accuracy under each attack, ours and the peers'."""
+def strength(
+    what: Subject, settings: argparse.Namespace, before: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Robust accuracy under each attack, ours and the peers'; what is known `before` stays."""
     from experiments import peers
 
     norm = norms.name_of(what.experiment.threat.norm)
@@ -197,10 +200,19 @@ def strength(what: Subject, settings: argparse.Namespace) -> Iterator[dict[str, 
             if who != "ours":
                 line[f"{who}_alone_breaks"] = int(np.sum(found["ours"] & ~standing))
                 line[f"ours_alone_breaks_of_{who}"] = int(np.sum(standing & ~found["ours"]))
-        return {**line, "outside_the_threat": outside.get(name, {})}
+        packed = {who: np.packbits(standing).tobytes().hex() for who, standing in found.items()}
+        return {**line, "outside_the_threat": outside.get(name, {}), "standing": packed}
 
+    for line in before:
+        name, count = line["attack"], line["images"]
+        stands[name] = {
+            who: np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=count) > 0
+            for who, bits in line["standing"].items()
+        }
+        outside[name] = line["outside_the_threat"]
+        yield line
     for name, members in our_attacks(what, settings).items():
-        if name not in settings.attacks or name == "standard":
+        if name not in settings.attacks or name == "standard" or name in stands:
             continue
         stands[name] = {"ours": ours(what, members)(what, jax.random.key(2)) & clean.right}
         outside[name] = {}
@@ -330,17 +342,41 @@ def main(argv: list[str] | None = None) -> None:
     if settings.radius is not None:
         threat = what.experiment.threat._replace(radius=settings.radius)
         what = what._replace(experiment=what.experiment._replace(threat=threat))
-    compare = speed if settings.speed else random_model if settings.random == "shift" else strength
     out = settings.out or settings.run / "compare.json"
     asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
     lines: list[dict[str, Any]] = []
-    for line in compare(what, settings):
+    if settings.speed:
+        compared = speed(what, settings)
+    elif settings.random == "shift":
+        compared = random_model(what, settings)
+    else:
+        compared = strength(what, settings, known(out, asked))
+    for line in compared:
         # Through JSON, for plain numbers; written at once, since the next one may take an hour.
         lines.append(json.loads(json.dumps(line, default=float)))
-        print(json.dumps(lines[-1]), flush=True)
+        told = {key: value for key, value in lines[-1].items() if key != "standing"}
+        print(json.dumps(told), flush=True)
         write_json(out, {"asked": asked, "lines": lines, "provenance": provenance()})
-    columns = list(dict.fromkeys(key for line in lines for key in line if "alone" not in key))
+    columns = list(
+        dict.fromkeys(
+            key for line in lines for key in line if "alone" not in key and key != "standing"
+        )
+    )
     print("\n" + table([[_cell(line.get(c)) for c in columns] for line in lines], columns))
+
+
+def known(out: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a comparison of the same things that was stopped, but for the suite's."""
+    if not out.is_file():
+        return []
+    found = json.loads(out.read_text())
+    for key in asked.keys() - {"attacks", "out", "threads"}:
+        if found["asked"].get(key) != asked[key]:
+            raise UsageError(
+                f"--out={out}: it compares with --{key}={found['asked'].get(key)!r}, and not "
+                f"{asked[key]!r}: expected another file"
+            )
+    return [line for line in found["lines"] if line["attack"] != "standard"]
 
 
 def _cell(value: Any) -> str:
