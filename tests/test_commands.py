@@ -15,7 +15,7 @@ from rain_jax import training
 from rain_jax.parallel import choose_devices, place
 
 FOLDER = commands.ROOT / "experiments" / "configs"
-LOOKS = {"ladder"}  # what is looked at, of any run
+LOOKS = {"benchmark", "ladder"}  # what trains nothing
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in LOOKS)
 PROMISED = {
     "config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluation.json",

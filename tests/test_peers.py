@@ -16,7 +16,7 @@ from rain_jax.types import Threat
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: see the extra `peers`")
 
-from experiments import peers  # noqa: E402
+from experiments import peers, twins  # noqa: E402
 
 CLASSES = 5
 PIXELS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -58,7 +58,7 @@ def pair(which: str) -> tuple[Callable[[jax.Array], jax.Array], Any]:
     variables = jax.tree.unflatten(tree, moved)
     return (
         lambda images: network.apply(variables, images)[0],
-        peers.twin(NETWORKS[which], variables),
+        twins.twin(NETWORKS[which], variables),
     )
 
 
@@ -74,7 +74,7 @@ def attacked(peer: str, attack: str, **settings: Any) -> tuple[np.ndarray, np.nd
     _, twin = pair("cnn")
     images = np.asarray(sample())
     labels = logits_of(twin, images).argmax(-1).astype(np.int32)
-    model = peers.Shifted(twin) if attack == "eot_pgd" else twin
+    model = twins.Shifted(twin) if attack == "eot_pgd" else twin
     found = peers.run(peer, attack, model, images, labels, **{**BUDGET, **settings})
     return images, found, logits_of(twin, found).argmax(-1) == labels
 
@@ -91,11 +91,11 @@ def test_a_twin_is_the_same_function(which: str) -> None:
 
 def test_what_has_no_twin_is_refused() -> None:
     with pytest.raises(UsageError, match=r"network\.name='madry_cnn': expected one of cnn"):
-        peers.twin(dict(name="madry_cnn"), {})
+        twins.twin(dict(name="madry_cnn"), {})
     with pytest.raises(UsageError, match=r"network\.stem='imagenet': expected cifar"):
-        peers.twin(dict(name="resnet18", stem="imagenet"), {})
+        twins.twin(dict(name="resnet18", stem="imagenet"), {})
     with pytest.raises(UsageError, match=r"network\.dtype='bfloat16': expected float32"):
-        peers.twin(dict(name="cnn", dtype="bfloat16"), {})
+        twins.twin(dict(name="cnn", dtype="bfloat16"), {})
 
 
 @pytest.mark.parametrize(("peer", "attack", "norm"), OFFERED)
@@ -154,8 +154,8 @@ def test_wrong_names_are_met_with_the_right_ones() -> None:
 def test_shifted_rolls_each_image_anew() -> None:
     images = torch.tensor(np.moveaxis(np.asarray(sample(12)), -1, 1))
     torch.manual_seed(0)
-    first, second = (peers.Shifted(torch.nn.Identity())(images) for _ in range(2))
-    rolled = torch.stack([torch.roll(images, shift, dims=(2, 3)) for shift in peers.SHIFTS])
+    first, second = (twins.Shifted(torch.nn.Identity())(images) for _ in range(2))
+    rolled = torch.stack([torch.roll(images, shift, dims=(2, 3)) for shift in twins.SHIFTS])
     moves = [
         (rolled == shifted).flatten(2).all(dim=2).float().argmax(dim=0)
         for shifted in (first, second)

@@ -1,0 +1,258 @@
+"""PyTorch twins compute what our defences do, and the benchmark tells what it measured."""
+
+import importlib.util
+import json
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark, cli
+from experiments.bench_clock import Row, Side, measure
+from rain_jax.defences import rain
+from rain_jax.image import random_pick
+from rain_jax.models import imports, upscalers
+from rain_jax.types import Upscaler
+
+NEEDS_TORCH = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="PyTorch is not installed: see the extra `peers`",
+)
+NETWORK = upscalers.edsr(blocks=2, width=8, residual_scale=0.5)
+IMAGE = jax.random.uniform(jax.random.key(0), (12, 8, 3))
+
+
+def weights():
+    """Variables of `NETWORK` with biases, which begin at zero and a twin might leave out."""
+    leaves, tree = jax.tree.flatten(NETWORK.init(jax.random.key(1), IMAGE))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf + 0.05 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def twin_of(variables):
+    from experiments import twins
+
+    return twins.edsr(jax.tree.map(np.asarray, variables), residual_scale=0.5)
+
+
+def there(image):
+    import torch
+
+    return torch.tensor(np.moveaxis(np.asarray(image), -1, 0)[None])
+
+
+def back(batch):
+    return np.moveaxis(batch.detach().numpy()[0], 0, -1)
+
+
+def drawn_by_rain(key, shape, reach):
+    """Which pixel of each window RAIN kept, [H/2, W/2, C] in 0..3, before it shifted, and how far.
+
+    Seen through an upscaler that does nothing but repeat, and images that tell where they are.
+    """
+    repeat = Upscaler(
+        lambda key, image: {},
+        lambda variables, image: jnp.repeat(jnp.repeat(image, 2, 0), 2, 1),
+        2,
+    )
+
+    def seen(image):
+        whole = jnp.broadcast_to(image, shape).astype(jnp.float32) / 1000  # RAIN clips to [0, 1]
+        small = rain(repeat, reach=reach).apply({}, key, whole)[::2, ::2]
+        return np.round(1000 * np.asarray(small)).astype(int)
+
+    rows, columns = jnp.arange(shape[0]).reshape(-1, 1, 1), jnp.arange(shape[1]).reshape(1, -1, 1)
+    move = [-int(seen(rows // 2)[0, 0, 0]), -int(seen(columns // 2)[0, 0, 0])]
+    winners = np.roll(seen(2 * (rows % 2) + columns % 2), [-m for m in move], axis=(0, 1))
+    return winners, move
+
+
+def noise_for(winners):
+    """Noise that is largest at the winners, [H, W, C]."""
+    height, width, channels = winners.shape
+    places = np.arange(4).reshape(1, 2, 1, 2, 1)
+    won = winners.reshape(height, 1, width, 1, channels) == places
+    noise = np.random.default_rng(0).uniform(0, 1, won.shape) + won
+    return noise.reshape(2 * height, 2 * width, channels).astype(np.float32)
+
+
+@NEEDS_TORCH
+def test_the_twin_of_edsr_has_published_names_and_is_the_same_function():
+    variables = weights()
+    twin = twin_of(variables)
+    state = twin.state_dict()
+    assert {"sub_mean.bias", "head.0.weight", "body.1.body.2.bias", "body.2.weight",
+            "tail.0.0.weight", "tail.1.bias", "add_mean.weight"} <= set(state)  # fmt: skip
+    found = imports.edsr_from_torch(state)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    expected = NETWORK.apply(found, IMAGE)
+    assert np.std(expected) > 1e-2
+    np.testing.assert_allclose(back(twin(there(IMAGE))), expected, atol=1e-4)
+
+
+@NEEDS_TORCH
+def test_random_pick_keeps_what_the_authors_mask_keeps():
+    from experiments import twins
+
+    height, width, _ = IMAGE.shape
+    place = 2 * (jnp.arange(height) % 2).reshape(-1, 1, 1) + jnp.arange(width).reshape(1, -1, 1) % 2
+    key = jax.random.key(3)
+    winners = random_pick(key, jnp.broadcast_to(place, IMAGE.shape).astype(jnp.float32))
+    assert set(np.unique(winners)) == {0, 1, 2, 3}
+    kept = twins.largest(there(IMAGE), there(noise_for(np.asarray(winners))))
+    np.testing.assert_array_equal(back(kept), random_pick(key, IMAGE))
+
+
+@NEEDS_TORCH
+@pytest.mark.parametrize("seed", range(3))
+def test_rain_is_its_twin_given_the_same_draws(seed):
+    from experiments import twins
+
+    variables, key, reach = weights(), jax.random.key(seed), 0.5
+    winners, move = drawn_by_rain(key, IMAGE.shape, reach)
+    expected = rain(NETWORK, reach=reach).apply(variables, key, IMAGE)
+    assert np.std(expected) > 1e-2
+    twin = twins.Rain(twin_of(variables), reach)
+    found = twin.drawn(there(IMAGE), there(noise_for(winners)), move)
+    np.testing.assert_allclose(back(found), expected, atol=1e-4)
+
+
+@NEEDS_TORCH
+def test_the_twin_of_rain_draws_every_shift_and_none_further():
+    import torch
+
+    from experiments import twins
+
+    torch.manual_seed(0)
+    repeat = torch.nn.Upsample(scale_factor=2)
+    rows = there(jnp.broadcast_to(jnp.arange(6).repeat(2).reshape(-1, 1, 1) / 10, (12, 8, 3)))
+    # Half as high the image has 6 rows, so shifts are in -2..2: which row comes first tells.
+    first = {round(10 * float(twins.Rain(repeat, 0.34)(rows)[0, 0, 0, 0])) for _ in range(60)}
+    assert first == {4, 5, 0, 1, 2}
+
+
+# --- The clock --------------------------------------------------------------------------------
+
+
+def test_a_line_tells_ratios_differences_and_counted_work():
+    ours = jnp.ones((64, 64))
+
+    def twice_the_work():
+        for _ in range(2):
+            result = np.asarray(ours) @ np.asarray(ours)
+        return result
+
+    row = Row(
+        "matrices", lambda a: a @ a, (ours,),
+        {"NumPy": lambda: Side(twice_the_work, lambda found: [1.5 * found])},
+    )  # fmt: skip
+    line = measure(row, 3, 0.0)
+    assert line["gflop"] == pytest.approx(2 * 64**3 / 1e9, rel=0.05)
+    told = line["peers"]["NumPy"]
+    assert told["difference"] == [pytest.approx(0.5)]
+    for spread in told["wall"], told["cpu"], line["ours_milliseconds"]:
+        assert spread[1] <= spread[0] <= spread[2]
+    assert told["wall"][1] > 0
+    assert line["compile_seconds"] > 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_turns_are_as_long_as_asked_and_ratios_are_theirs_over_ours(seconds):
+    naps = []
+
+    def nap():
+        naps.append(time.sleep(0.01))
+
+    peers = {"sleeper": lambda: Side(nap, list)}
+    line = measure(Row("sum", jnp.sum, (jnp.ones(3),), peers, alike=False), 2, seconds)
+    assert line["peers"]["sleeper"]["wall"][0] > 10
+    assert "difference" not in line["peers"]["sleeper"]
+    # Once to see that it works, once to see how long it takes, and two turns.
+    assert len(naps) == 4 if seconds == 0 else len(naps) > 4
+
+
+def test_a_peer_that_is_missing_or_fails_is_a_line():
+    def missing():
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    def broken():
+        return Side(lambda: 1 / 0, list)
+
+    peers = {"missing": missing, "broken": broken}
+    line = measure(Row("sum", jnp.sum, (jnp.ones(3),), peers), 1, 0.0)
+    assert line["peers"]["missing"] == {"absent": "not installed: No module named 'torch'"}
+    assert line["peers"]["broken"] == {"absent": "fails: division by zero"}
+    assert [row[:3] for row in benchmark.cells({**line, "what": "sum"})] == [
+        ["sum", name, told["absent"]] for name, told in line["peers"].items()
+    ]
+
+
+# --- The command ------------------------------------------------------------------------------
+
+TINY = {
+    "edsr": ["--config.edsr.networks=((1,4),)", "--config.edsr.images=(2,8)",
+             "--config.edsr.compiled=False"],
+    "jpeg": ["--config.jpeg.images=((2,16),)"],
+    "rain": ["--config.rain.blocks=1", "--config.rain.width=4", "--config.rain.images=(2,16)"],
+}  # fmt: skip
+
+
+def command(*arguments):
+    file = "--config=experiments/configs/benchmark.py"
+    cli.run(benchmark.main, argv=["benchmark", file, *arguments], changed=benchmark.changed)
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+def test_the_command_prints_a_table_and_writes_json(suite, tmp_path, capsys):
+    limits = ["--config.rounds=2", "--config.seconds=0"]
+    command(f"--config.suite={suite}", f"--workdir={tmp_path / 'new'}", *limits, *TINY[suite])
+    found = json.loads((tmp_path / "new" / "benchmark.json").read_text())
+    assert set(found["asked"]) == {"suite", "rounds", "seconds", suite}
+    assert found["provenance"]["versions"]["jax"] == jax.__version__
+    assert found["threads"] >= 1
+    shown = capsys.readouterr().out
+    assert "peer / ours" in shown
+    lines = found["lines"]
+    assert len(lines) == {"edsr": 2, "jpeg": 3, "rain": 2}[suite]
+    for line in lines:
+        assert line["what"] in shown
+        assert line["gflop"] > 0
+        for peer, told in line["peers"].items():
+            package = {"Pillow": "PIL", "kornia": "kornia"}.get(peer, "torch")
+            if importlib.util.find_spec(package) is None:
+                assert told["absent"].startswith("not installed")
+                continue
+            assert told["wall"][0] > 0
+            assert ("difference" in told) == (suite != "rain")
+            if suite == "edsr":
+                assert max(told["difference"]) < 1e-4  # the result, and the gradient to the image
+            if peer == "Pillow":
+                assert max(told["difference"]) < 1e-2
+    assert jax.config.values["jax_enable_compilation_cache"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("suite=jpge", "config.suite='jpge': expected one of all, edsr, jpeg, rain; did you mean"),
+        ("rouns=3", "config.rouns: no such key: .*did you mean 'rounds'"),
+        ("rounds=0", r"config.rounds=0: expected a number in \[1, inf\)"),
+        ("jpeg.qualty=3", "config.jpeg.qualty: no such key: .*did you mean 'quality'"),
+        ("jpeg.quality=0", "config.jpeg.quality=0"),
+        ("edsr.images=(4,)", "config.edsr.images"),
+        ("rain.images=(4,0)", r"config.rain.images=\(4, 0\): expected a number in \[1, inf\)"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(argument, said, tmp_path, capsys):
+    suite = argument.partition(".")[0]
+    only = [f"--config.suite={suite}"] if suite in benchmark.SUITES else []
+    with pytest.raises(SystemExit) as left:
+        command(f"--config.{argument}", *only, f"--workdir={tmp_path}")
+    assert left.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
