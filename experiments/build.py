@@ -40,7 +40,10 @@ from rain_jax import (
 )
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, nearest, one_of, within
+from rain_jax.methods.awp import awp
+from rain_jax.methods.free import free
 from rain_jax.methods.members import side_by_side
+from rain_jax.methods.rat import carrying
 from rain_jax.models import upscalers
 from rain_jax.parallel import check_batch_size, choose_devices
 from rain_jax.types import (
@@ -51,6 +54,7 @@ from rain_jax.types import (
     Key,
     Logits,
     LogitsFn,
+    Method,
     Network,
     Norm,
     Objective,
@@ -228,6 +232,19 @@ class Experiment(NamedTuple):
     checkpoints: settings.Checkpointing
     parallel: settings.Parallel
 
+    def method(self, plan: settings.Plan) -> Method:
+        """How the network is trained in a run of that length."""
+        replays = self.training.replays
+        total, per_epoch = plan.total * replays, plan.per_epoch * replays
+        optimiser, average = self.optimiser(total, per_epoch), self.average(total, per_epoch)
+        if replays == 1:
+            return training.minimise(self.objective, optimiser, average=average)
+        return free(
+            self.objective, self.threat, optimiser,
+            batch_shape=(plan.batch_size, *self.splits.train.shape),
+            replays=replays, average=average,
+        )  # fmt: skip
+
 
 def experiment(whole: Any) -> Experiment:
     """Builds what a config describes, or raises a `UsageError` about the first thing amiss.
@@ -280,26 +297,35 @@ def experiment(whole: Any) -> Experiment:
                 raise located(where, error, ("through",)) from None
         return built
 
-    def objective_of(assembly: defended.Assembly) -> Objective:
-        objectives = [one_objective(network) for network in assembly.members]
+    def objective_of(assembly: defended.Assembly, steps_per_epoch: int) -> Objective:
+        objectives = [one_objective(network, steps_per_epoch) for network in assembly.members]
         return side_by_side(objectives) if assembly.together else objectives[0]
 
-    def one_objective(network: Network) -> Objective:
+    def one_objective(network: Network, steps_per_epoch: int) -> Objective:
         method = dict(spec["method"])
-        given: dict[str, Any] = {"network": network, "threat": the_threat}
+        given: dict[str, Any] = {
+            "network": network, "threat": the_threat, "steps_per_epoch": steps_per_epoch
+        }  # fmt: skip
+        around = method.pop("awp", None)
         name = method.get("name")
         maker = registered("config.method", methods, name) if name is not None else None
         if maker is not None and "attack" in inspect.signature(maker).parameters:
             if "attack" not in method:
                 raise UsageError(f"config.method.attack is missing: {name} needs it")
             given["attack"] = looks.attack("config.method.attack", method.pop("attack"), the_threat)
-        return make("config.method", methods, method, **given)
+        objective = make("config.method", methods, method, **given)
+        if around is None:
+            return objective
+        around = _section("config.method.awp", around)
+        return call(
+            "config.method.awp", awp, around, objective=objective, steps_per_epoch=steps_per_epoch
+        )
 
     # Built once on made-up lengths and classes, so that a mistake is met now and not after a large
     # data set has been opened.
     optimiser(10**6, 10**3)
     average(10**6, 10**3)
-    objective_of(assembled(10))
+    objective_of(assembled(10), 10**3)
 
     splits: data.Splits = call("config.data", data.load, spec["data"])
     if parts["training"].batch_size > splits.train.size:
@@ -319,7 +345,13 @@ def experiment(whole: Any) -> Experiment:
         )
     plan = parts["training"].plan(splits.train.size)
     optimiser(plan.total, plan.per_epoch)
+    if parts["training"].replays > 1 and group is not None:
+        raise UsageError("config.training.replays: expected 1 for an ensemble")
     assembly = assembled(splits.train.classes)
+    network = assembly.network
+    if spec["method"].get("name") == "rat":
+        # Its checkpoints keep the perturbations beside the weights.
+        network = carrying(network)
     evaluation = parts["evaluation"]
     if evaluation.draws is None:
         evaluation = dataclasses.replace(evaluation, draws=20 if assembly.network.random else 1)
@@ -329,7 +361,8 @@ def experiment(whole: Any) -> Experiment:
         budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
         columns |= ladder.rungs(budget, the_threat, assembly, start.classifier)
     built = Experiment(
-        spec, seed, splits, assembly.network, assembly, the_threat, objective_of(assembly),
+        spec, seed, splits, network, assembly, the_threat,
+        objective_of(assembly, plan.per_epoch),
         optimiser, average, parts["augment"], parts["training"], parts["start"], validation,
         validation_attack, evaluation, columns, distances, budget, parts["checkpoints"],
         parts["parallel"],

@@ -45,7 +45,10 @@ _MAKERS: dict[Any, types.ModuleType] = {
     Defence: defences,
 }
 # What the program itself passes, and a config must therefore not.
-GIVEN = {"network", "attack", "threat", "schedule", "total_steps", "steps_per_epoch", "classes"}
+GIVEN = {
+    "network", "objective", "attack", "threat", "schedule", "total_steps", "steps_per_epoch",
+    "classes",
+}  # fmt: skip
 
 
 def registered(where: str, registry: types.ModuleType, name: Any) -> Callable[..., Any]:

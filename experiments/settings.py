@@ -57,7 +57,9 @@ class Training:
 
     `feed="resident"` keeps the whole training set on every device and needs no host in the loop;
     "stream" reads through `workers` processes; "auto" takes the first up to a gigabyte.
-    `tensorboard` writes event files beside metrics.jsonl.
+    With more than one of `replays` every batch is used so often, each time one backward pass for
+    the weights and for a perturbation of the images: Free adversarial training, of the method
+    `natural`. `tensorboard` writes event files beside metrics.jsonl.
     """
 
     epochs: float = 10.0
@@ -65,6 +67,7 @@ class Training:
     log_every: int = 50
     feed: Literal["auto", "resident", "stream"] = "auto"
     workers: int = 0
+    replays: int = 1
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class Training:
         within("config.training.batch_size", self.batch_size, 1)
         within("config.training.log_every", self.log_every, 1)
         within("config.training.workers", self.workers, 0, 256)
+        within("config.training.replays", self.replays, 1)
         if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
             raise UsageError(
                 "config.training.tensorboard=True: expected tensorboardX to be installed: "

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from experiments import build, cache, evaluate, report, settings, start, workdir
 from experiments.cli import Interrupt, Stopped, run
@@ -27,6 +26,7 @@ from experiments.logs import MetricsLog, Progress
 from experiments.settings import Plan
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.checks import UsageError
 from rain_jax.parallel import (
     Devices,
     check_batch_size,
@@ -36,7 +36,7 @@ from rain_jax.parallel import (
     place,
     round_up,
 )
-from rain_jax.types import Array, AxisName, Batch, Key, Method, Objective, PyTree, Variables
+from rain_jax.types import Array, AxisName, Batch, Key, Method, PyTree, Variables
 
 # A training set up to this many bytes of pixels is kept on every device.
 RESIDENT_BYTES = 2**30
@@ -61,12 +61,6 @@ class Task(Protocol):
     @property
     def network(self) -> Learner: ...
     @property
-    def objective(self) -> Objective: ...
-    @property
-    def optimiser(self) -> Callable[[int, int], optax.GradientTransformation]: ...
-    @property
-    def average(self) -> Callable[[int, int], training.Averaging | None]: ...
-    @property
     def augment(self) -> settings.Augment: ...
     @property
     def training(self) -> settings.Training: ...
@@ -76,6 +70,7 @@ class Task(Protocol):
     def checkpoints(self) -> settings.Checkpointing: ...
     @property
     def parallel(self) -> settings.Parallel: ...
+    def method(self, plan: Plan) -> Method: ...
 
 
 # A look at the held-out images: state, key, log, step -> score, larger is better.
@@ -205,9 +200,12 @@ def no_sums(experiment: Task, method: Method, state: PyTree) -> dict[str, float]
 
     It traces a step to know them, which is for those who have a checkpoint to read.
     """
-    shape = (1, *experiment.splits.train.shape)
+    size = experiment.training.batch_size
+    shape = (size, *experiment.splits.train.shape)
     batch = jax.eval_shape(
-        lambda: Batch(jnp.zeros(shape), jnp.zeros(1, int), jnp.zeros(1, int), jnp.ones(1, bool))
+        lambda: Batch(
+            jnp.zeros(shape), jnp.zeros(size, int), jnp.zeros(size, int), jnp.ones(size, bool)
+        )
     )
     _, metrics = jax.eval_shape(method.step, jax.random.key(0), state, batch)
     return dict.fromkeys([*metrics, "steps"], 0.0)
@@ -233,9 +231,7 @@ def train(
 
     # --- the method and its state
     keys = keys_of(experiment.seed)
-    optimiser = experiment.optimiser(plan.total, plan.per_epoch)
-    average = experiment.average(plan.total, plan.per_epoch)
-    method = training.minimise(experiment.objective, optimiser, average=average)
+    method = experiment.method(plan)
     images = jnp.zeros((1, *experiment.splits.train.shape), jnp.float32)
     variables = jax.jit(experiment.network.init)(keys.init, images)
     state = devices.replicate(jax.jit(method.init)(variables))
@@ -350,6 +346,11 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     # All of them now: the last one's mistake should not wait until the first one is trained.
     for _, experiment, _ in runs:
         build.check_devices(experiment)
+        if experiment.config["method"]["name"] == "rat":
+            raise UsageError(
+                "config.method.name='rat': expected python -m experiments.rat, which makes the "
+                "perturbations that it learns from"
+            )
     for name, experiment, place_of in runs:
         train(
             experiment,

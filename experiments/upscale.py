@@ -43,6 +43,7 @@ from rain_jax.types import (
     Batch,
     Image,
     Key,
+    Method,
     Objective,
     Upscaler,
     Variables,
@@ -166,6 +167,12 @@ class Experiment(NamedTuple):
         """None: crops and flips are the objective's own."""
         return settings.Augment()
 
+    def method(self, plan: settings.Plan) -> Method:
+        """Descent on the objective."""
+        optimiser = self.optimiser(plan.total, plan.per_epoch)
+        average = self.average(plan.total, plan.per_epoch)
+        return training.minimise(self.objective, optimiser, average=average)
+
 
 def experiment(whole: Any) -> Experiment:
     """Builds what a config describes, or raises a `UsageError` about the first thing amiss."""
@@ -175,6 +182,7 @@ def experiment(whole: Any) -> Experiment:
         name: None if spec[name] is None else call(f"config.{name}", _CALLS[name], spec[name])
         for name in ("training", "validation", "evaluation", "checkpoints", "parallel")
     }
+    within("config.training.replays", parts["training"].replays, 1, 1)
     upscaler: Upscaler = make("config.upscaler", upscalers, spec["upscaler"])
     objective: Objective = call("config.method", upscaling, spec["method"], upscaler=upscaler)
 

@@ -62,6 +62,42 @@ def averaging(
     return Averaging(decay, round(warmup * total_steps))
 
 
+def begin(
+    variables: Variables, optimiser: optax.GradientTransformation, average: Averaging | None
+) -> TrainState:
+    """The state before the first step."""
+    model_state, params = dict(variables), variables["params"]
+    del model_state["params"]
+    return TrainState(
+        jnp.int32(0), params, model_state, optimiser.init(params),
+        None if average is None else jax.tree.map(jnp.copy, params),
+    )  # fmt: skip
+
+
+def descend(
+    state: TrainState,
+    told: tuple[tuple[Scalar, tuple[ModelState, Metrics]], Params],
+    batch: Batch,
+    optimiser: optax.GradientTransformation,
+    average: Averaging | None,
+    axis_name: AxisName,
+) -> tuple[TrainState, Metrics]:
+    """The optimiser's step, from what `jax.value_and_grad` of an objective told on each device."""
+    (loss, (model_state, metrics)), gradient = told
+    # Sums, then one division: images that are padding weigh nothing, on whatever device.
+    metrics = dict(metrics, loss=loss, images=jnp.sum(batch.valid).astype(jnp.float32))
+    metrics, gradient = psum((metrics, gradient), axis_name)
+    number = jnp.maximum(metrics["images"], 1.0)
+    gradient = jax.tree.map(lambda leaf: leaf / number, gradient)
+    change, optimised = optimiser.update(gradient, state.optimiser, state.params)
+    params = optax.apply_updates(state.params, change)
+    averaged = state.average
+    if average is not None:
+        averaged = average.update(averaged, params, state.step)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    return TrainState(state.step + 1, params, model_state, optimised, averaged), metrics
+
+
 def minimise(
     objective: Objective,
     optimiser: optax.GradientTransformation,
@@ -75,33 +111,15 @@ def minimise(
     """
 
     def init(variables: Variables) -> TrainState:
-        model_state, params = dict(variables), variables["params"]
-        del model_state["params"]
-        return TrainState(
-            jnp.int32(0), params, model_state, optimiser.init(params),
-            None if average is None else jax.tree.map(jnp.copy, params),
-        )  # fmt: skip
+        return begin(variables, optimiser, average)
 
     def step(
         key: Key, state: TrainState, batch: Batch, axis_name: AxisName = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradient_of = jax.value_and_grad(objective, has_aux=True)
-        (loss, (model_state, metrics)), gradient = gradient_of(
-            state.params, state.model_state, key, batch, axis_name, state.step
-        )
-        # Sums, then one division: images that are padding weigh nothing, on whatever device.
-        metrics = dict(metrics, loss=loss, images=jnp.sum(batch.valid).astype(jnp.float32))
-        metrics, gradient = psum((metrics, gradient), axis_name)
-        number = jnp.maximum(metrics["images"], 1.0)
-        gradient = jax.tree.map(lambda leaf: leaf / number, gradient)
-        change, optimised = optimiser.update(gradient, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, change)
-        averaged = state.average
-        if average is not None:
-            averaged = average.update(averaged, params, state.step)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        return TrainState(state.step + 1, params, model_state, optimised, averaged), metrics
+        told = gradient_of(state.params, state.model_state, key, batch, axis_name, state.step)
+        return descend(state, told, batch, optimiser, average, axis_name)
 
     return Method(init, step)
 

@@ -21,6 +21,12 @@ from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of any run, or of none: what is looked at, and what is measured.
+NO_TRAINING = {"benchmark", "ladder"}
+CONFIGS = sorted(
+    path for path in (ROOT / "experiments" / "configs").glob("*.py")
+    if path.stem not in NO_TRAINING
+)  # fmt: skip
 LIMIT = 240.0  # seconds that any command may take, on a busy machine
 
 CONFIG = '''"""Digits, an adversary of two steps, a network with all that a state can hold."""
@@ -190,3 +196,11 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     assert found.keys() == expected.keys()
     for name, leaf in expected.items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+
+
+def without_runs(spec: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Changes to a config that begins with other runs, so that it can do without them."""
+    changes: list[tuple[str, Any]] = [("start.classifier", None), ("start.defence", None)]
+    if (spec.get("defence") or {}).get("statistics"):
+        changes += [("defence.table", "fd"), ("defence.statistics", None)]
+    return changes

@@ -11,7 +11,7 @@ from rain_jax.attacks.restarts import restarted, side_by_side
 from rain_jax.checks import UsageError, one_of, pixel_distance, within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
-from rain_jax.norms import expect, l1, linf, project, random_start, steepest
+from rain_jax.norms import expect, l1, linf, project, steepest
 from rain_jax.types import (
     Array,
     Estimator,
@@ -30,7 +30,7 @@ from rain_jax.types import (
 Aim = Callable[[Key, Logits, Target], Target]
 """What a loss compares with, given the logits of the clean image and its label."""
 
-Start = Literal["uniform", "normal", "clean"]
+Start = Literal["uniform", "sign", "normal", "clean"]
 Climber = Literal["steepest", "adam"]
 Goal = Literal["untargeted", "likeliest", "least_likely", "random"]
 
@@ -104,20 +104,25 @@ def ascent(
     aim: Aim | None = None,
     estimator: Estimator | None = None,
     start: Start = "uniform",
+    start_scale: Any = 1.0,
     keep: Literal["best", "last"] = "best",
 ) -> Iteration:
     """Climbs `loss` by `climb`, back into the threat after each step (Madry, arXiv:1706.06083).
 
     `climb` turns gradients into steps *upwards*: `optax.chain(steepest(linf), optax.scale(0.01))`.
     `aim` says what the loss compares with where that is not the label; `loss=kl` compares with the
-    prediction on the clean image, as TRADES does. `start="normal"` is a thousandth of normal noise.
+    prediction on the clean image, as TRADES does. `start="normal"` is a thousandth of normal noise,
+    "sign" a random corner of the ball in L-inf; `start_scale` stretches what is drawn.
     `keep="best"` returns the image of the largest margin met, for random models that of the mean
     logits over the estimator's draws, as the judge has it; `keep="last"` the last one, as
     adversarial training wants it, and costs one forward pass less.
     """
     within("steps", steps, 1)
-    one_of("start", start, ("uniform", "normal", "clean"))
+    one_of("start", start, ("uniform", "sign", "normal", "clean"))
+    within("start_scale", start_scale, above=0.0)
     one_of("keep", keep, ("best", "last"))
+    if start == "sign":
+        expect(threat, "start='sign'", linf)
     if loss is kl and start == "clean":
         raise UsageError("start='clean': expected uniform or normal: KL has no gradient there")
     estimate = exact() if estimator is None else estimator
@@ -131,10 +136,15 @@ def ascent(
         return estimate(value)
 
     def first(key: Key, image: Image) -> Image:
+        if start == "clean":
+            return image
         if start == "normal":
-            near = image + _NEARBY * jax.random.normal(key, image.shape)
-            return project(threat, image, near)
-        return image if start == "clean" else random_start(threat, key, image)
+            change = _NEARBY * jax.random.normal(key, image.shape)
+        elif start == "sign":
+            change = threat.radius * jax.random.rademacher(key, image.shape, image.dtype)
+        else:
+            change = threat.norm.sample(key, image.shape, threat.radius)
+        return project(threat, image, image + start_scale * change)
 
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Ascent:
         # A random model, a random start and a random aim must not share their draws.
@@ -225,13 +235,16 @@ def pgd(
     climber: Climber = "steepest",
     estimator: Estimator | None = None,
     start: Start = "uniform",
+    start_scale: float = 1.0,
     keep: Literal["best", "last"] = "best",
 ) -> Iteration:
     """Projected gradient descent by steepest steps (Madry et al., arXiv:1706.06083).
 
     `step_size` is in pixel values of [0, 1], measured in the threat's norm; by default
-    2.5 x radius / steps, which lets the attack cross the ball. `start="clean"` makes it BIM.
-    With `restarts` the image of the largest margin over all runs is returned.
+    2.5 x radius / steps, which lets the attack cross the ball. `start="clean"` makes it BIM;
+    `start="sign"`, in L-inf, begins in a random corner of the ball, as FGSM-PGI does
+    (arXiv:2207.08859), or `start_scale` of the way to it. With `restarts` the image of the largest
+    margin over all runs is returned.
 
     `loss=kl` moves away from the prediction on the clean image, whatever its label (TRADES,
     arXiv:1901.08573). With a `goal` the loss descends towards one wrong class, chosen by the clean
@@ -248,6 +261,7 @@ def pgd(
         aim=_GOALS.get(goal),
         estimator=estimator,
         start=start,
+        start_scale=start_scale,
         keep=keep,
     )
     return restarted(attack, restarts)

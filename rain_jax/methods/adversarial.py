@@ -1,22 +1,8 @@
 """Adversarial training (Madry et al., arXiv:1706.06083)."""
 
-import jax
-
-from rain_jax.checks import within
-from rain_jax.losses import soft_cross_entropy
-from rain_jax.methods.common import BatchNorm, attack_batch, moved, outer, right, targets, total
-from rain_jax.types import (
-    Attack,
-    AxisName,
-    Batch,
-    Key,
-    Metrics,
-    ModelState,
-    Network,
-    Objective,
-    Params,
-    Scalar,
-)
+from rain_jax.methods.common import BatchNorm, Staged, finder, fit
+from rain_jax.methods.mixing import Mix
+from rain_jax.types import Attack, Network, Objective
 
 
 def adversarial(
@@ -25,25 +11,21 @@ def adversarial(
     *,
     batch_norm: BatchNorm = "eval",
     label_smoothing: float = 0.0,
+    mix: Mix = "none",
+    mix_alpha: float = 1.0,
 ) -> Objective:
     """Min over weights of the loss on the images that `attack` finds against those weights.
 
     `batch_norm` is the mode inside the attack ("eval", "batch" or "train"); the outer pass is
-    always in training mode.
+    always in training mode. With `attack=dict(name="fgsm", start="uniform", step_size=10 / 255)`
+    and "train" it is Fast-AT (Wong et al., arXiv:2001.03994), at a radius of 8 / 255.
+
+    `mix` mixes images before the attack (see `mixing.mixed`). The loss then has both labels and the
+    attack climbs away from that of the larger share; Rice et al. (arXiv:2002.11569) climb the
+    mixed loss.
     """
-    within("label_smoothing", label_smoothing, 0.0, below=1.0)
-
-    def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch,
-        axis_name: AxisName = None, step: Scalar | int = 0,
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
-        images, model_state = attack_batch(
-            network, attack, params, model_state, key, batch,
-            batch_norm=batch_norm, axis_name=axis_name,
-        )  # fmt: skip
-        seen = outer(network, params, model_state, key, batch, images, axis_name)
-        losses = jax.vmap(soft_cross_entropy)(seen.logits, targets(network, batch, label_smoothing))
-        metrics = {"correct": right(batch, seen.logits), "moved": moved(batch, images)}
-        return total(batch, losses), (seen.model_state, metrics)
-
-    return objective
+    find = finder(
+        network, attack, batch_norm=batch_norm, label_smoothing=label_smoothing,
+        mix=mix, mix_alpha=mix_alpha,
+    )  # fmt: skip
+    return Staged(find, fit(network))

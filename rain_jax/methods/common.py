@@ -1,13 +1,15 @@
-"""What several training methods share: the outer forward pass, and attacks inside a step."""
+"""What training methods share: their two stages, the outer forward pass, attacks inside a step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import UsageError, one_of
-from rain_jax.losses import smooth
+from rain_jax.checks import UsageError, one_of, within
+from rain_jax.losses import smooth, soft_cross_entropy
+from rain_jax.methods.mixing import Mix, mixed
 from rain_jax.parallel import image_keys
 from rain_jax.types import (
     Array,
@@ -17,6 +19,7 @@ from rain_jax.types import (
     Iteration,
     Key,
     LogitsFn,
+    Metrics,
     ModelState,
     Network,
     Params,
@@ -29,6 +32,42 @@ _IMAGE_AXIS = "image"
 # Folded into a step's key where a network draws outside the attack. No image has this index, so
 # the attack, whose keys come from the indices, never shares a draw with it.
 _OUTSIDE = 2**31 - 1
+
+
+Find = Callable[[Params, ModelState, Key, Batch, AxisName, Scalar | int], tuple[PyTree, ModelState]]
+Learn = Callable[
+    [Params, ModelState, Key, PyTree, AxisName], tuple[Scalar, tuple[ModelState, Metrics]]
+]
+
+
+# Not a NamedTuple: `jit` keeps a weak reference to what it compiles, and a tuple has none.
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """An `Objective` in its two stages, so that others may step in between (see `awp`).
+
+    `find(params, model_state, key, batch, axis_name, step) -> (found, model_state)` gets what is
+    learned from, by attacks for example, and no gradient goes through it.
+    `learn(params, model_state, key, found, axis_name) -> (loss, (model_state, metrics))` is the
+    loss on that, as a sum over this device's valid images.
+    """
+
+    find: Find
+    learn: Learn
+
+    def __call__(
+        self, params: Params, model_state: ModelState, key: Key, batch: Batch,
+        axis_name: AxisName = None, step: Scalar | int = 0,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
+        found, model_state = self.find(params, model_state, key, batch, axis_name, step)
+        return self.learn(params, model_state, key, found, axis_name)
+
+
+class Found(NamedTuple):
+    """What most methods learn from."""
+
+    batch: Batch  # the images before the attack: mixed, where the method mixes
+    images: Array  # [B, H, W, C], after it
+    targets: Array  # [B, K], probabilities
 
 
 class Outer(NamedTuple):
@@ -86,6 +125,57 @@ def _draws(network: Network, key: Key, batch: Batch) -> Array | None:
     if not network.random:
         return None
     return image_keys(jax.random.fold_in(key, _OUTSIDE), batch.index)
+
+
+def finder(
+    network: Network,
+    attack: Attack | None,
+    *,
+    batch_norm: BatchNorm = "eval",
+    label_smoothing: float = 0.0,
+    mix: Mix = "none",
+    mix_alpha: float = 1.0,
+) -> Find:
+    """The first stage of most methods: mixes, then attacks, where asked to; finds a `Found`.
+
+    The attack is given one label, that of the larger share of a mixture.
+    """
+    one_of("batch_norm", batch_norm, ("eval", "batch", "train"))
+    within("label_smoothing", label_smoothing, 0.0, below=1.0)
+    one_of("mix", mix, ("none", "mixup", "cutmix"))
+    within("mix_alpha", mix_alpha, above=0.0)
+
+    def find(
+        params: Params, model_state: ModelState, key: Key, batch: Batch,
+        axis_name: AxisName, step: Scalar | int,
+    ) -> tuple[Found, ModelState]:  # fmt: skip
+        probabilities = targets(network, batch, label_smoothing)
+        if mix != "none":
+            batch, probabilities = mixed(key, batch, probabilities, kind=mix, alpha=mix_alpha)
+        if attack is None:
+            return Found(batch, batch.image, probabilities), model_state
+        images, model_state = attack_batch(
+            network, attack, params, model_state, key, batch,
+            batch_norm=batch_norm, axis_name=axis_name,
+        )  # fmt: skip
+        return Found(batch, images, probabilities), model_state
+
+    return find
+
+
+def fit(network: Network) -> Learn:
+    """The second stage of adversarial training: cross-entropy on the images found."""
+
+    def learn(
+        params: Params, model_state: ModelState, key: Key, found: Found, axis_name: AxisName
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        batch = found.batch
+        seen = outer(network, params, model_state, key, batch, found.images, axis_name)
+        losses = jax.vmap(soft_cross_entropy)(seen.logits, found.targets)
+        metrics = {"correct": right(batch, seen.logits), "moved": moved(batch, found.images)}
+        return total(batch, losses), (seen.model_state, metrics)
+
+    return learn
 
 
 def attack_batch(

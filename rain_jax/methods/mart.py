@@ -5,12 +5,11 @@ import jax.numpy as jnp
 
 from rain_jax.checks import within
 from rain_jax.losses import cross_entropy, kl
-from rain_jax.methods.common import BatchNorm, attack_batch, moved, outer, right, total
+from rain_jax.methods.common import BatchNorm, Found, Staged, finder, moved, outer, right, total
 from rain_jax.types import (
     Array,
     Attack,
     AxisName,
-    Batch,
     Key,
     Logits,
     Metrics,
@@ -39,20 +38,16 @@ def mart(
 
     `beta` is the authors' lambda, 5 for ResNet-18 and 6 for WRN-34-10. Their attack climbs
     cross-entropy, 10 steps of 0.007 from a thousandth of normal noise at radius 0.031. Gradients go
-    through both predictions and through the weight; running averages see x' and then x.
+    through both predictions and through the weight; running averages see x and then x'.
     """
     within("beta", beta, 0.0)
 
-    def objective(
-        params: Params, model_state: ModelState, key: Key, batch: Batch,
-        axis_name: AxisName = None, step: Scalar | int = 0,
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
-        images, model_state = attack_batch(
-            network, attack, params, model_state, key, batch,
-            batch_norm=batch_norm, axis_name=axis_name,
-        )  # fmt: skip
-        attacked = outer(network, params, model_state, key, batch, images, axis_name)
-        clean = outer(network, params, attacked.model_state, key, batch, batch.image, axis_name)
+    def learn(
+        params: Params, model_state: ModelState, key: Key, found: Found, axis_name: AxisName
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        batch = found.batch
+        clean = outer(network, params, model_state, key, batch, batch.image, axis_name)
+        attacked = outer(network, params, clean.model_state, key, batch, found.images, axis_name)
 
         def loss(attacked: Logits, clean: Logits, label: Array) -> Scalar:
             unsure = _WEIGHT - jax.nn.softmax(clean)[label]
@@ -61,9 +56,9 @@ def mart(
         metrics = {
             "correct": right(batch, clean.logits),
             "standing": right(batch, attacked.logits),
-            "moved": moved(batch, images),
+            "moved": moved(batch, found.images),
         }
         losses = jax.vmap(loss)(attacked.logits, clean.logits, batch.label)
-        return total(batch, losses), (clean.model_state, metrics)
+        return total(batch, losses), (attacked.model_state, metrics)
 
-    return objective
+    return Staged(finder(network, attack, batch_norm=batch_norm), learn)

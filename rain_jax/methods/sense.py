@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import one_of, within
-from rain_jax.losses import cross_entropy, kl
-from rain_jax.methods.common import attack_batch, moved, outer, right, total
+from rain_jax.losses import cross_entropy, kl, soft_cross_entropy
+from rain_jax.methods.common import Staged, attack_batch, moved, outer, right, targets, total
 from rain_jax.norms import project, random_start
 from rain_jax.types import (
     Array,
@@ -142,10 +142,14 @@ def sense(
     one_of("form", form, ("at", "trade"))
     begins = math.ceil(warmup * steps_per_epoch)
 
-    def objective(
+    def find(
         params: Params, model_state: ModelState, key: Key, batch: Batch,
-        axis_name: AxisName = None, step: Scalar | int = 0,
-    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:  # fmt: skip
+        axis_name: AxisName, step: Scalar | int,
+    ) -> tuple[tuple[Batch, Sensible], ModelState]:  # fmt: skip
+        if isinstance(threshold, float | int) and threshold >= 1:
+            none = jnp.zeros(len(batch.label), bool)
+            return (batch, Sensible(batch.image, none, none)), model_state
+
         def attack(key: Key, logits_fn: LogitsFn, image: Image, label: Target) -> Any:
             return sensible(
                 threat, key, logits_fn, image, label, steps=steps, step_size=step_size,
@@ -153,29 +157,34 @@ def sense(
             )  # fmt: skip
 
         found: Any
-        if isinstance(threshold, float | int) and threshold >= 1:
-            none = jnp.zeros(len(batch.label), bool)
-            found = Sensible(batch.image, none, none)
-        else:
-            found, model_state = attack_batch(
-                network, attack, params, model_state, key, batch, axis_name=axis_name
-            )
+        found, model_state = attack_batch(
+            network, attack, params, model_state, key, batch, axis_name=axis_name
+        )
+        return (batch, found), model_state
+
+    def learn(
+        params: Params, model_state: ModelState, key: Key, pair: Any, axis_name: AxisName
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        batch, found = pair
+        # As in `natural`, so that a threshold of 1 is natural training to the last bit.
+        losses = jax.vmap(soft_cross_entropy)
+        labels = targets(network, batch, 0.0)
+        extra: Any = 0.0
+        if form == "trade" or clean_weight > 0:
+            clean = outer(network, params, model_state, key, batch, batch.image, axis_name)
+            model_state = clean.model_state
+            extra = clean_weight * losses(clean.logits, labels)
         seen = outer(network, params, model_state, key, batch, found.image, axis_name)
-        model_state = seen.model_state
+        if form == "trade":
+            lost = jax.vmap(kl)(seen.logits, clean.logits)
+        else:
+            lost = losses(seen.logits, labels)
         metrics = {
             "correct": right(batch, seen.logits),
             "moved": moved(batch, found.image),
             "ignored": total(batch, found.ignored * 1.0),
             "reverted": total(batch, found.reverted * 1.0),
         }
-        losses = jax.vmap(cross_entropy)(seen.logits, batch.label)
-        if form == "trade" or clean_weight > 0:
-            clean = outer(network, params, model_state, key, batch, batch.image, axis_name)
-            model_state = clean.model_state
-            natural = jax.vmap(cross_entropy)(clean.logits, batch.label)
-            if form == "trade":
-                losses = jax.vmap(kl)(seen.logits, clean.logits)
-            losses = losses + clean_weight * natural
-        return total(batch, losses), (model_state, metrics)
+        return total(batch, lost + extra), (seen.model_state, metrics)
 
-    return objective
+    return Staged(find, learn)

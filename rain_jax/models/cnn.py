@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from rain_jax.checks import UsageError, one_of
 from rain_jax.models import layers
+from rain_jax.models.conditional import MODULATIONS, Modulation, modulated
 from rain_jax.models.layers import Activation, Dtype, PerChannel
 from rain_jax.models.network import network
 from rain_jax.types import Array, AxisName, Network
@@ -23,13 +24,19 @@ def cnn(
     widths: tuple[int, ...] = (16, 32),
     hidden: int = 100,
     batch_norm: bool = False,
+    modulation: Modulation = "none",
 ) -> Network:
     """4x4 convolutions of stride 2, one for each of `widths`, and a dense layer of `hidden`.
 
     With its defaults the network of Fast is better than free (Wong et al., arXiv:2001.03994) for
     MNIST, 166,406 parameters at 28x28x1, known as CNN-A or `conv_small` in verification. Images
     are at least 2^len(widths) pixels a side.
+
+    `modulation` is by a condition, see `models.conditional`: "film" after each batch normalisation,
+    which must be there then, "float" in the kernel of each convolution.
     """
+    if one_of("modulation", modulation, MODULATIONS) == "film" and not batch_norm:
+        raise UsageError("modulation='film': expected batch_norm=True, which it comes after")
     widths = layers.counts("widths", widths)
     layers.count("hidden", hidden)
     one_pixel = ((1, 1), (1, 1))
@@ -42,6 +49,7 @@ def cnn(
         mean,
         std,
         batch_norm=batch_norm,
+        modulation=modulation,
     )
 
 
@@ -116,16 +124,22 @@ class _CNN(nn.Module):
     activation: Callable[[Array], Array]
     dtype: Any
     batch_norm: bool = False
+    modulation: str = "none"
     axis_name: AxisName = None
 
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
         _check_size(self.stages, images.shape[1:3])
-        norm = layers.batch_norm(train, self.axis_name, self.dtype)
+        norm, conv = modulated(
+            self,
+            self.modulation,
+            layers.batch_norm(train, self.axis_name, self.dtype),
+            layers.Conv,
+        )
         he_normal = nn.initializers.he_normal()
         x = images
         for place, stage in enumerate(self.stages, 1):
-            x = layers.Conv(
+            x = conv(
                 stage.features,
                 (stage.size, stage.size),
                 strides=stage.stride,
@@ -172,6 +186,7 @@ def _cnn(
     std: PerChannel,
     *,
     batch_norm: bool = False,
+    modulation: str = "none",
 ) -> Network:
     module = _CNN(
         classes,
@@ -180,5 +195,6 @@ def _cnn(
         layers.activation_function(activation),
         layers.compute_dtype(dtype),
         batch_norm,
+        modulation,
     )
     return network(module, classes=classes, mean=mean, std=std)

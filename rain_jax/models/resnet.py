@@ -3,7 +3,8 @@
 Convolutions have no bias and explicit padding (a pixel all round for 3x3, also at stride 2), as in
 the original code, so that parameter counts are the standard ones. `remat=True` keeps only what
 enters each block for the backward pass and computes the rest again: less memory for one more
-forward pass.
+forward pass. `modulation` is by a condition, see `models.conditional`: "film" after each batch
+normalisation, "float" in the kernel of each convolution.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from flax import linen as nn
 
 from rain_jax.checks import UsageError, one_of
 from rain_jax.models import layers
+from rain_jax.models.conditional import MODULATIONS, Modulation, modulated
 from rain_jax.models.layers import Activation, Dtype, PerChannel
 from rain_jax.models.network import network
 from rain_jax.types import Array, AxisName, Network
@@ -30,6 +32,7 @@ def resnet18(
     dtype: Dtype = "float32",
     remat: bool = False,
     stem: Stem = "cifar",
+    modulation: Modulation = "none",
 ) -> Network:
     """ResNet-18 (He et al., arXiv:1512.03385): 11,173,962 parameters for 10 classes.
 
@@ -37,7 +40,16 @@ def resnet18(
     maximum of stride 2.
     """
     return _resnet(
-        classes, (2, 2, 2, 2), BasicBlock, stem, activation, dtype, remat, mean=mean, std=std
+        classes,
+        (2, 2, 2, 2),
+        BasicBlock,
+        stem,
+        activation,
+        dtype,
+        remat,
+        modulation,
+        mean=mean,
+        std=std,
     )
 
 
@@ -50,6 +62,7 @@ def resnet50(
     dtype: Dtype = "float32",
     remat: bool = False,
     stem: Stem = "cifar",
+    modulation: Modulation = "none",
 ) -> Network:
     """ResNet-50 (He et al., arXiv:1512.03385): 25,557,032 parameters for ImageNet.
 
@@ -57,7 +70,16 @@ def resnet50(
     in `resnet18`: with 1000 classes you will want "imagenet".
     """
     return _resnet(
-        classes, (3, 4, 6, 3), Bottleneck, stem, activation, dtype, remat, mean=mean, std=std
+        classes,
+        (3, 4, 6, 3),
+        Bottleneck,
+        stem,
+        activation,
+        dtype,
+        remat,
+        modulation,
+        mean=mean,
+        std=std,
     )
 
 
@@ -71,6 +93,7 @@ def preact_resnet(
     remat: bool = False,
     depths: tuple[int, ...] = (1, 1, 1),
     width: int = 16,
+    modulation: Modulation = "none",
 ) -> Network:
     """Pre-activation ResNet (He et al., arXiv:1603.05027) of any depth and width.
 
@@ -81,7 +104,16 @@ def preact_resnet(
     layers.count("width", width)
     widths = tuple(width * 2**group for group in range(len(depths)))
     return _preact_resnet(
-        classes, width, widths, depths, activation, dtype, remat, mean=mean, std=std
+        classes,
+        width,
+        widths,
+        depths,
+        activation,
+        dtype,
+        remat,
+        modulation,
+        mean=mean,
+        std=std,
     )
 
 
@@ -93,6 +125,7 @@ def preact_resnet18(
     activation: Activation = "relu",
     dtype: Dtype = "float32",
     remat: bool = False,
+    modulation: Modulation = "none",
 ) -> Network:
     """PreAct ResNet-18 (He et al., arXiv:1603.05027): 11,172,170 parameters for 10 classes.
 
@@ -109,6 +142,7 @@ def preact_resnet18(
         remat=remat,
         depths=(2, 2, 2, 2),
         width=64,
+        modulation=modulation,
     )
 
 
@@ -122,6 +156,7 @@ def wide_resnet(
     remat: bool = False,
     depth: int = 28,
     width: int = 10,
+    modulation: Modulation = "none",
 ) -> Network:
     """WRN-`depth`-`width` (Zagoruyko & Komodakis, arXiv:1605.07146), without dropout.
 
@@ -144,6 +179,7 @@ def wide_resnet(
         activation,
         dtype,
         remat,
+        modulation,
         mean=mean,
         std=std,
     )
@@ -157,6 +193,7 @@ def wrn_28_10(
     activation: Activation = "relu",
     dtype: Dtype = "float32",
     remat: bool = False,
+    modulation: Modulation = "none",
 ) -> Network:
     """WRN-28-10, see `wide_resnet`: 36,479,194 parameters for 10 classes."""
     return wide_resnet(
@@ -168,6 +205,7 @@ def wrn_28_10(
         remat=remat,
         depth=28,
         width=10,
+        modulation=modulation,
     )
 
 
@@ -179,6 +217,7 @@ def wrn_34_10(
     activation: Activation = "relu",
     dtype: Dtype = "float32",
     remat: bool = False,
+    modulation: Modulation = "none",
 ) -> Network:
     """WRN-34-10, see `wide_resnet`: 46,160,474 parameters for 10 classes."""
     return wide_resnet(
@@ -190,6 +229,7 @@ def wrn_34_10(
         remat=remat,
         depth=34,
         width=10,
+        modulation=modulation,
     )
 
 
@@ -198,15 +238,15 @@ class _Block(nn.Module):
 
     width: int
     stride: int
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
+    conv: Callable[..., Any]
+    norm: Callable[..., Any]
     activation: Callable[[Array], Array]
 
-    def conv3x3(self, stride: int, name: str) -> nn.Module:
+    def conv3x3(self, stride: int, name: str) -> Any:
         pad = ((1, 1), (1, 1))
         return self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
 
-    def conv1x1(self, width: int, stride: int, name: str) -> nn.Module:
+    def conv1x1(self, width: int, stride: int, name: str) -> Any:
         return self.conv(width, (1, 1), strides=stride, padding="VALID", name=name)
 
 
@@ -274,12 +314,17 @@ class ResNet(nn.Module):
     stem: Stem = "cifar"
     preact: bool = False
     remat: bool = False
+    modulation: str = "none"
     axis_name: AxisName = None
 
     @nn.compact
     def __call__(self, images: Array, train: bool) -> Array:
-        conv = partial(layers.Conv, dtype=self.dtype)
-        norm = layers.batch_norm(train, self.axis_name, self.dtype)
+        norm, conv = modulated(
+            self,
+            self.modulation,
+            layers.batch_norm(train, self.axis_name, self.dtype),
+            partial(layers.Conv, dtype=self.dtype),
+        )
         block = nn.remat(self.block) if self.remat else self.block
 
         size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
@@ -308,6 +353,7 @@ def _resnet(
     activation: str,
     dtype: str,
     remat: bool,
+    modulation: str,
     *,
     mean: PerChannel,
     std: PerChannel,
@@ -322,6 +368,7 @@ def _resnet(
         layers.compute_dtype(dtype),
         stem=one_of("stem", stem, ("cifar", "imagenet")),
         remat=remat,
+        modulation=one_of("modulation", modulation, MODULATIONS),
     )
     return network(module, classes=classes, mean=mean, std=std)
 
@@ -334,6 +381,7 @@ def _preact_resnet(
     activation: str,
     dtype: str,
     remat: bool,
+    modulation: str,
     *,
     mean: PerChannel,
     std: PerChannel,
@@ -348,5 +396,6 @@ def _preact_resnet(
         layers.compute_dtype(dtype),
         preact=True,
         remat=remat,
+        modulation=one_of("modulation", modulation, MODULATIONS),
     )
     return network(module, classes=classes, mean=mean, std=std)

@@ -1,5 +1,7 @@
 """Gradient ascent against answers that can be derived, and its options."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -354,3 +356,49 @@ def test_bad_combinations_are_refused(key):
         multi_targeted(Threat(linf, 0.1), steps=5, targets=0)
     with pytest.raises(UsageError, match="steps=0"):
         multi_targeted(Threat(linf, 0.1), steps=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_sign_start_is_a_random_corner(scale, key):
+    """As far as asked from the image at every pixel, before the pixel bounds; signs are fair."""
+    radius, images = 0.2, jnp.stack([jnp.full((40, 40, 3), 0.5), jnp.zeros((40, 40, 3))])
+    attack = pgd(Threat(linf, radius), steps=1, start="sign", start_scale=scale)
+    middle, dark = (attack.init(key, plane, image, 0).image - image for image in images)
+    np.testing.assert_allclose(jnp.abs(middle), scale * radius, rtol=1e-5)
+    assert abs(float(jnp.mean(jnp.sign(middle)))) < 4 / math.sqrt(middle.size)
+    np.testing.assert_allclose(dark, jnp.maximum(middle, 0.0), rtol=1e-5)
+    other = attack.init(jax.random.fold_in(key, 1), plane, images[0], 0).image
+    assert float(jnp.mean(jnp.sign(other - images[0]) == jnp.sign(middle))) < 0.6
+
+
+@pytest.mark.parametrize("start", ["uniform", "normal"])
+def test_other_starts_are_stretched_as_well(start, key):
+    changes = [
+        pgd(Threat(linf, 0.2), steps=1, start=start, start_scale=scale).init(key, plane, IMAGE, 0)
+        .image - IMAGE
+        for scale in (1.0, 0.25)
+    ]  # fmt: skip
+    np.testing.assert_allclose(0.25 * changes[0], changes[1], atol=1e-7)
+
+
+def test_a_corner_is_no_head_start_on_a_plane(key):
+    """Steps of length d in all climb d / 2 a pixel from a corner, d - d^2 / 4r from anywhere."""
+    radius, shape = 0.2, (40, 40, 3)
+    image = jnp.full(shape, 0.5)
+    slope = jnp.sign(jax.random.normal(key, shape))
+    for steps in (1, 2, 3):
+        d = 0.05 * steps
+        threat = Threat(linf, radius)
+        for start, expected in (("sign", d / 2), ("uniform", d - d**2 / (4 * radius))):
+            attack = pgd(threat, steps=steps, step_size=0.05, start=start, keep="last")
+            mean = climbed(attack, key, slope, image) / image.size
+            assert abs(mean - expected) < 5 * radius / math.sqrt(image.size)
+
+
+def test_bad_starts_are_refused():
+    with pytest.raises(UsageError, match=r"start='sing'.*did you mean 'sign'"):
+        pgd(Threat(linf, 0.1), steps=1, start="sing")
+    with pytest.raises(UsageError, match=r"norm=l2: start='sign' expects linf"):
+        pgd(Threat(l2, 0.1), steps=1, start="sign")
+    with pytest.raises(UsageError, match=r"start_scale=0.0"):
+        pgd(Threat(linf, 0.1), steps=1, start_scale=0.0)

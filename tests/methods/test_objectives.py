@@ -8,16 +8,42 @@ import pytest
 
 from rain_jax import attacks, methods, models
 from rain_jax.checks import UsageError
-from rain_jax.methods.common import attack_batch
+from rain_jax.methods.common import Staged, attack_batch
+from rain_jax.methods.rat import with_perturbations
 from rain_jax.norms import linf
+from rain_jax.parallel import choose_devices, place, psum
 from rain_jax.types import Batch, Threat
 
 NETWORK = models.cnn(3, widths=(4, 4), hidden=8, batch_norm=True)
 THREAT = Threat(linf, 0.1)
 PGD = attacks.pgd(THREAT, steps=3, keep="last")
+# What only the command of RAT makes: a pattern for each class.
+PATTERNS = 0.1 * jnp.sign(jax.random.normal(jax.random.key(5), (3, 8, 8, 1)))
+
+
+def carried(objective):
+    """The same with `PATTERNS` in the state that it is given."""
+
+    def find(params, state, *rest):
+        return objective.find(params, with_perturbations(state, PATTERNS), *rest)
+
+    return Staged(find, objective.learn)
+
+
 SMALL = {
     "adversarial": lambda network=NETWORK: methods.adversarial(network, PGD),
+    # Without mixing, whose partners are images of the same device.
+    "afd": lambda network=NETWORK: methods.afd(network, PGD, mix_stage="none"),
+    "fat": lambda network=NETWORK: methods.fat(network, THREAT, steps=3, step_size=0.1),
+    "grad_align": lambda network=NETWORK: methods.grad_align(network, attacks.fgsm(THREAT), THREAT),
+    "mart": lambda network=NETWORK: methods.mart(network, PGD),
+    "n_fgsm": lambda network=NETWORK: methods.n_fgsm(network, THREAT),
     "natural": lambda network=NETWORK: methods.natural(network),
+    "rat": lambda network=NETWORK: carried(methods.rat(network)),
+    "sense": lambda network=NETWORK: methods.sense(
+        network, THREAT, threshold=0.2, steps=3, step_size=0.05, clean_weight=0.5, warmup=0
+    ),
+    "trades": lambda network=NETWORK: methods.trades(network, PGD),
 }
 ALL = pytest.mark.parametrize("name", methods.__all__)
 
@@ -75,6 +101,33 @@ def test_gradient_is_finite_and_reaches_every_parameter(name, batch, parts, key)
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
 
 
+@ALL
+def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, key):
+    """Batch statistics, attacks and penalties are those of the whole batch."""
+    network = models.cnn(3, widths=(4,), hidden=4, batch_norm=True)
+    variables = network.init(jax.random.key(0), batch.image)
+    params = variables.pop("params")
+    objective = SMALL[name](network)
+
+    def told(params, state, batch, axis_name):
+        value = jax.value_and_grad(objective, has_aux=True)
+        (loss, (state, metrics)), gradient = value(params, state, key, batch, axis_name, 0)
+        return *psum((loss, metrics, gradient), axis_name), state
+
+    devices = place("shard_map", choose_devices(2))
+    program = devices.map(told, inputs=(False, False, True), outputs=(False,) * 4)
+    loss, metrics, gradient, after = program(
+        *devices.replicate((params, variables)), devices.split(batch)
+    )
+    alone = jax.jit(told, static_argnums=3)(params, variables, batch, None)
+    np.testing.assert_allclose(loss, alone[0], rtol=1e-4)
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(alone[1]), rtol=1e-4)
+    chex.assert_trees_all_close(
+        jax.device_get(gradient), jax.device_get(alone[2]), rtol=1e-3, atol=1e-3
+    )
+    chex.assert_trees_all_close(jax.device_get(after), jax.device_get(alone[3]), rtol=1e-4)
+
+
 def test_natural_is_the_sum_of_cross_entropies(batch, parts, key):
     params, state = parts
     loss, (after, metrics) = methods.natural(NETWORK)(params, state, key, batch)
@@ -109,12 +162,12 @@ def test_adversarial_images_are_those_of_the_attack_alone(batch, parts, key):
     def logits_fn(key, image):
         return NETWORK.apply({"params": params, **state}, image[None])[0][0]
 
-    for place in (0, 5):
+    for row in (0, 5):
         alone = PGD(
-            jax.random.fold_in(key, batch.index[place]), logits_fn,
-            batch.image[place], batch.label[place],
+            jax.random.fold_in(key, batch.index[row]), logits_fn,
+            batch.image[row], batch.label[row],
         )  # fmt: skip
-        np.testing.assert_allclose(images[place], alone, atol=1e-6)
+        np.testing.assert_allclose(images[row], alone, atol=1e-6)
 
 
 def test_eval_mode_leaves_images_independent_and_batch_mode_does_not(batch, parts, key):
