@@ -77,7 +77,7 @@ def test_each_library_has_one_door(library: str) -> None:
                 assert room in DOORS[library], f"{path} imports {library}"
 
 
-@pytest.mark.parametrize("package", ["attacks", "methods", "models"])
+@pytest.mark.parametrize("package", ["attacks", "defences", "methods", "models"])
 def test_registries_name_what_they_hold(package: str) -> None:
     module = __import__(f"rain_jax.{package}", fromlist=["__all__"])
     assert sorted(module.__all__) == list(module.__all__)

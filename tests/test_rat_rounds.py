@@ -159,8 +159,8 @@ def test_mistakes_are_told_before_anything_runs(config, change, message):
         rat.experiment(rat.changed(config, [change]))
 
 
-def test_other_commands_say_where_its_perturbations_come_from(config):
+def test_training_alone_says_where_its_perturbations_come_from(config, tmp_path):
     spec = build.plain(config)
     del spec["rat"]
-    with pytest.raises(UsageError, match=r"config.method.*python -m experiments.rat makes them"):
-        build.experiment(spec)
+    with pytest.raises(UsageError, match=r"config\.method\.name.*python -m experiments\.rat"):
+        train.main(build.config(**spec), tmp_path / "run")
