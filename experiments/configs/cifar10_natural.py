@@ -6,22 +6,14 @@ python -m experiments.train --config=experiments/configs/cifar10_natural.py
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """The network of `cifar10_small.py`, seven epochs; the best by held-out clean accuracy."""
     return config(
         seed=0,
-        data=dict(name="tfds:cifar10", holdout=1000),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1),
-            width=16,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-        ),
-        threat=dict(norm="linf", radius=8 / 255),
+        **cifar10_small(),
         method=dict(name="natural"),
         optimiser=dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=dict(name="one_cycle", peak=0.2),

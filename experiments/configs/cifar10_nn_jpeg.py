@@ -11,25 +11,17 @@ own. The members learn side by side from one naturally trained classifier.
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Tables from what the classifier feels of each frequency; SGD 1e-2, cosine, two epochs."""
     return config(
         seed=0,
-        data=dict(name="tfds:cifar10", holdout=1000),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1),
-            width=16,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-        ),
+        **cifar10_small(),
         defence=dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz"),
         ensemble=dict(key="defence.level", values=(15.0, 30.0, 45.0, 60.0)),
         start=dict(classifier="runs/cifar10_natural"),
-        threat=dict(norm="linf", radius=8 / 255),
         method=dict(name="natural"),
         optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
         schedule=dict(name="cosine", peak=1e-2),

@@ -12,24 +12,16 @@ super-resolution network learns to serve it, by cross-entropy on clean images. T
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """SGD with the authors' momentum, weight decay and learning rate."""
     return config(
         seed=0,
-        data=dict(name="tfds:cifar10", holdout=1000),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1),
-            width=16,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-        ),
+        **cifar10_small(),
         defence=dict(name="rain", upscaler=dict(name="edsr", blocks=4, width=32)),
         start=dict(classifier="runs/cifar10_natural", defence="runs/edsr_small", trained="defence"),
-        threat=dict(norm="linf", radius=8 / 255),
         method=dict(name="natural"),
         optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
         schedule=dict(name="cosine", peak=1e-3),

@@ -12,6 +12,7 @@ Not run by us so far: it needs an accelerator.
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import CIFAR10, EIGHT
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,12 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
         seed=0,
         data=dict(name="tfds:cifar10", holdout=1000),
         augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet18",
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-        ),
-        threat=dict(norm="linf", radius=8 / 255),
+        network=dict(name="preact_resnet18", **CIFAR10),
+        threat=EIGHT,
         method=dict(
             name="adversarial",
             batch_norm="train",

@@ -6,22 +6,14 @@ python -m experiments.train --config=experiments/configs/cifar10_small.py
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """A ResNet-8 of width 16, three attack steps, nine epochs; evaluated on all test images."""
     return config(
         seed=0,
-        data=dict(name="tfds:cifar10", holdout=1000),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1),
-            width=16,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-        ),
-        threat=dict(norm="linf", radius=8 / 255),
+        **cifar10_small(),
         method=dict(
             name="adversarial",
             attack=dict(name="pgd", steps=3, step_size=4 / 255, keep="last"),

@@ -11,22 +11,14 @@ whole.
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import stl10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """A ResNet-10 of width 16, 60 epochs, smoothed labels."""
     return config(
         seed=0,
-        data=dict(name="tfds:stl10_part", holdout=300),
-        augment=dict(crop_padding=12, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1, 1),
-            width=16,
-            mean=(0.4467, 0.4398, 0.4066),
-            std=(0.2603, 0.2566, 0.2713),
-        ),
-        threat=dict(norm="linf", radius=8 / 255),
+        **stl10_small(crop_padding=12),
         method=dict(name="natural", label_smoothing=0.1),
         optimiser=dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=dict(name="one_cycle", peak=0.1),

@@ -15,24 +15,16 @@ with published weights in `--config.start.defence=FILE.npz`.
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import stl10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
     """SGD with the authors' momentum and weight decay, a larger rate for fewer epochs."""
     return config(
         seed=0,
-        data=dict(name="tfds:stl10_part", holdout=300),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1, 1),
-            width=16,
-            mean=(0.4467, 0.4398, 0.4066),
-            std=(0.2603, 0.2566, 0.2713),
-        ),
+        **stl10_small(crop_padding=4),
         defence=dict(name="rain", upscaler=dict(name="edsr", blocks=4, width=32)),
         start=dict(classifier="runs/stl10_natural", defence="runs/edsr_small", trained="defence"),
-        threat=dict(norm="linf", radius=8 / 255),
         method=dict(name="natural"),
         optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
         schedule=dict(name="cosine", peak=1e-3),

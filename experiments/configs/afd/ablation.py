@@ -13,6 +13,7 @@ so this is a study of its parts and no reproduction. Nothing has been measured y
 import ml_collections
 
 from experiments.build import config
+from experiments.recipes import cifar10_small
 from rain_jax.checks import UsageError, one_of
 
 STARTS, STAGES = ("sign", "uniform"), ("post", "pre", "none")
@@ -29,17 +30,7 @@ def get_config(run: str = "sign-post-film") -> ml_collections.ConfigDict:
     modulation = one_of("modulation", parts[2], MODULATIONS)
     return config(
         seed=0,
-        data=dict(name="tfds:cifar10", holdout=1000),
-        augment=dict(crop_padding=4, flip=True),
-        network=dict(
-            name="preact_resnet",
-            depths=(1, 1, 1),
-            width=16,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2471, 0.2435, 0.2616),
-            modulation=modulation,
-        ),
-        threat=dict(norm="linf", radius=8 / 255),
+        **cifar10_small(modulation=modulation),
         method=dict(
             name="afd",
             mix_stage=stage,
