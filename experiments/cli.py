@@ -177,10 +177,10 @@ def run(
     """Parses the command line, calls `main(config, workdir)` and exits with its status.
 
     2 for a mistake, told in one line; 3 for a run that diverged; 128 + signal for one that was
-    stopped and has saved its state. `config_of(workdir)` gives the sections that
-    the file, or no file, leaves out. `argv`
-    begins with the program's name, as `sys.argv` does. `changed(config, changes)` applies what was
-    typed and completes the config, whose sections it knows.
+    stopped and has saved its state. `config_of(workdir)` gives the sections that the file
+    leaves out, or all of them without one. `argv` begins with the program's name, as `sys.argv`
+    does. `changed(config, changes)` applies what was typed and completes the config, whose sections
+    it knows.
     """
     argv = list(sys.argv if argv is None else argv)
     loud = "--traceback" in argv

@@ -26,6 +26,7 @@ class Assembly(NamedTuple):
     through: Callable[[str | None], Network]
     forms: tuple[str, ...]  # what `through` takes, of the defence
     votes: tuple[str, ...]  # and of the members of an ensemble
+    fixed: frozenset[str]  # the forms that draw nothing, also of a random model
 
     @property
     def network(self) -> Network:
@@ -41,7 +42,9 @@ def assembly(spec: dict[str, Any], classes: int) -> Assembly:
         for where, given in ("ensemble", group), ("start.defence", start.defence):
             if given is not None:
                 raise UsageError(f"config.{where}: expected config.defence beside it")
-        return Assembly((classifier,), False, lambda words: _plain(classifier, words), (), ())
+        return Assembly(
+            (classifier,), False, lambda words: _plain(classifier, words), (), (), frozenset()
+        )
 
     fronts = [make("config.defence", defences, one) for one in _sections(spec["defence"], group)]
 
@@ -66,6 +69,7 @@ def assembly(spec: dict[str, Any], classes: int) -> Assembly:
         through,
         (UNDEFENDED, *fronts[0].surrogates),
         _votes(group),
+        fronts[0].fixed,
     )
 
 

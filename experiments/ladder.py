@@ -100,8 +100,8 @@ def rungs(
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
         found |= {name: Look(member) for name, member in whole.items() if name != "square"}
     for name in _surrogates(ladder, assembly):
-        # A surrogate that takes the randomness out needs no draws, and is not told of it.
-        found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
+        needed = None if name in assembly.fixed else inexact
+        found[name] = Look(pgd(ladder.steps, estimator=needed, loss=margin), name)
     for name in assembly.votes:
         found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
     if ladder.elsewhere is not None:

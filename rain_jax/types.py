@@ -106,13 +106,15 @@ class Defence(NamedTuple):
     is what runs in earnest. How it must be attacked is part of it: the gradient of `apply` is one
     that an attacker can use (where the function itself has none that helps, the defence brings its
     own backward rule, BPDA), `random` says that one draw tells nothing, and `surrogates` are other
-    forms of the same function, by name, that an honest evaluation attacks through as well.
+    forms of the same function, by name, that an honest evaluation attacks through as well. Those in
+    `fixed` draw nothing even where `apply` does, so that one look at them is enough.
     """
 
     init: Callable[[Key, Image], Variables]
     apply: DefenceApply
     random: bool = False
     surrogates: Mapping[str, DefenceApply] = MappingProxyType({})
+    fixed: frozenset[str] = frozenset()
 
 
 class Upscaler(NamedTuple):

@@ -149,7 +149,8 @@ def shield(
         return _variables(jax.vmap(standard_tables)(jnp.array(qualities, jnp.int32)))
 
     defence = _defence(init, through, random=True)
-    return defence._replace(surrogates={**defence.surrogates, "mean": mean})
+    surrogates = {**defence.surrogates, "mean": mean}
+    return defence._replace(surrogates=surrogates, fixed=frozenset({"mean"}))
 
 
 def _nearest_survives(values: Array) -> Array:

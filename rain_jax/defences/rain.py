@@ -128,7 +128,10 @@ def rain(
     }
     if known:
         surrogates["average"] = average
-    return Defence(init, apply, down == "random" or not known or reach > 0, surrogates)
+    random = down == "random" or not known or reach > 0
+    return Defence(
+        init, apply, random, surrogates, frozenset({"average", "gray"} & set(surrogates))
+    )
 
 
 def _first(key: Key) -> Key:
