@@ -140,6 +140,12 @@ def stages(attack: Iteration, logits_fn_of: evaluation.LogitsFnOf) -> tuple[Any,
     return begin, advance, best
 
 
+def above(one: float, other: float, images: int) -> bool:
+    """Whether one accuracy lies above another by more than so many images leave to chance."""
+    variance = (one * (1 - one) + other * (1 - other)) / images
+    return one - other > SLACK * float(np.sqrt(variance)) + 1 / images
+
+
 def checks(
     accuracy: Mapping[str, float],
     margins: Mapping[str, float],
@@ -151,7 +157,6 @@ def checks(
 
     `accuracy` is by rung, "clean" among them, and so are the mean `margins`; `lines` are a sweep's.
     """
-    slack = SLACK * float(np.sqrt(0.5 / images))  # of a difference of two proportions, at most
     others = (*OBLIVIOUS, *BLACK_BOX, *CONTROLS, "clean", "worst case")
     white = [n for n in accuracy if n not in others and not n.startswith("official")]
     strongest = min(white, key=accuracy.__getitem__)
@@ -159,7 +164,7 @@ def checks(
     found = [
         Check(
             f"{other} is no better than white-box",
-            lowest <= accuracy[other] + slack,
+            not above(lowest, accuracy[other], images),
             f"{strongest} {100 * lowest:.1f} %, {other} {100 * accuracy[other]:.1f} %",
         )
         for other in (*BLACK_BOX, *OBLIVIOUS, "noise")
@@ -185,7 +190,7 @@ def checks(
         for more in lines
         if more["draws"] >= less["draws"]
         and more["steps"] >= less["steps"]
-        and more["accuracy"] > less["accuracy"] + slack
+        and above(more["accuracy"], less["accuracy"], min(images, LOOKED_AT))
     ]
     if lines:
         told = [

@@ -221,6 +221,13 @@ def test_every_check_passes_where_attacks_work_and_fails_where_they_do_not():
     assert failing(images=20, accuracy={**accuracy, "square": 0.2}) == []
 
 
+def test_chance_is_less_where_nearly_all_or_none_stand():
+    assert proof.above(0.6, 0.4, 100)
+    assert not proof.above(0.5, 0.4, 100)
+    assert proof.above(0.05, 0.0, 500)
+    assert not proof.above(0.01, 0.0, 100)  # one image
+
+
 @pytest.mark.parametrize("random", [False, True])
 def test_slopes_are_those_of_the_margin(random):
     slope = jnp.array([[2.0], [-1.0]])
