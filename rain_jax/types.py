@@ -77,6 +77,9 @@ class Iteration(NamedTuple):
     threat, and the larger the better. At a fixed radius that is the margin; attacks that look for
     the smallest perturbation score what they found by its nearness. Steps taken after an image is
     broken may better the score and never worsen it.
+
+    `seen` is what is known of that between two steps without asking the model again, for attacks
+    whose `best` asks it: of the images that steps have looked at, the last one not among them.
     """
 
     init: Callable[[Key, LogitsFn, Image, Target], PyTree]
@@ -86,6 +89,7 @@ class Iteration(NamedTuple):
     # Of a state: how often the model has been asked about this image until it broke. For attacks
     # that see no gradients, where this is the price.
     queries: Callable[[PyTree], Scalar] | None = None
+    seen: Callable[[PyTree], tuple[Image, Scalar]] | None = None
 
     def __call__(self, key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:
         state = self.init(key, logits_fn, image, target)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rain_jax.attacks.deepfool import mean_logits
-from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
+from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import within
 from rain_jax.gradients import exact
 from rain_jax.losses import margin
@@ -203,4 +203,4 @@ def carlini_wagner(
         nearest = nearer(threat, state.clean, state.nearest, found, lead > confidence)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps)
+    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))

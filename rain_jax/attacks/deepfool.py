@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
+from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import within
 from rain_jax.gradients import exact
 from rain_jax.losses import margin
@@ -149,4 +149,4 @@ def deepfool(
         nearest = nearer(threat, state.clean, nearest, found, lead > 0)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps)
+    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.attacks.deepfool import mean_logits, nearest_boundary, wrong_classes
-from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
+from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.attacks.restarts import side_by_side
 from rain_jax.checks import within
 from rain_jax.gradients import exact
@@ -107,7 +107,7 @@ def along_boundary(
         nearest = nearer(threat, state.clean, state.nearest, found, lead > 0)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps)
+    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
 
 
 def _check(

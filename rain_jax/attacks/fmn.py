@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.attacks.deepfool import mean_logits
-from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
+from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, margin
@@ -108,7 +108,7 @@ def _search(
         nearest, lead = judge(nearest, found)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps)
+    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
 
 
 def fmn(

@@ -59,6 +59,11 @@ def score(threat: Threat, nearest: Nearest, margin: Scalar) -> Scalar:
     return jnp.where(_inside(threat, nearest) | (margin > 0), near, margin)
 
 
+def known(threat: Threat, nearest: Nearest) -> tuple[Image, Scalar]:
+    """What a search has found within the radius so far, and its score: negative for nothing."""
+    return nearest.image, score(threat, nearest, jnp.float32(-1.0))
+
+
 def _inside(threat: Threat, nearest: Nearest) -> Array:
     """Whether something was found within the radius, which may be infinite."""
     return jnp.isfinite(nearest.distance) & (nearest.distance <= threat.radius)

@@ -180,7 +180,10 @@ def ascent(
         state = judge(state, logits)
         return state.found, state.score
 
-    return Iteration(init, step, best, steps)
+    def seen(state: Ascent) -> tuple[Image, Scalar]:
+        return state.found, state.score
+
+    return Iteration(init, step, best, steps, seen=seen if keep == "best" else None)
 
 
 def _step(threat: Threat, size: Any) -> Any:

@@ -33,16 +33,25 @@ def side_by_side(
     def step(logits_fn: LogitsFn, states: PyTree) -> PyTree:
         return over(states, lambda attack, state: attack.step(logits_fn, state))
 
-    def best(logits_fn: LogitsFn, states: PyTree) -> tuple[Image, Scalar]:
-        images, scores = over(states, lambda attack, state: attack.best(logits_fn, state))
+    def furthest(found: tuple[Image, Scalar]) -> tuple[Image, Scalar]:
+        images, scores = found
         place = jnp.argmax(scores)
         return images[place], scores[place]
+
+    def best(logits_fn: LogitsFn, states: PyTree) -> tuple[Image, Scalar]:
+        return furthest(over(states, lambda attack, state: attack.best(logits_fn, state)))
+
+    def seen(states: PyTree) -> tuple[Image, Scalar]:
+        return furthest(over(states, lambda attack, state: attack.seen(state)))  # type: ignore[misc]
 
     def queries(states: PyTree) -> Scalar:
         return jnp.sum(over(states, lambda attack, state: attack.queries(state)))  # type: ignore[misc]
 
-    counted = run(0).queries is not None
-    return Iteration(init, step, best, steps, queries if counted else None)
+    one = run(0)
+    return Iteration(
+        init, step, best, steps,
+        None if one.queries is None else queries, None if one.seen is None else seen,
+    )  # fmt: skip
 
 
 def restarted(attack: Iteration, restarts: int) -> Iteration:

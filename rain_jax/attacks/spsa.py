@@ -49,7 +49,10 @@ def counted(attack: Iteration, *, draws: int, answers: int) -> Iteration:
     def best(logits_fn: LogitsFn, state: Asking) -> tuple[Image, Scalar]:
         return attack.best(logits_fn, state.ascent)
 
-    return Iteration(init, step, best, attack.steps, lambda state: state.asked)
+    def seen(state: Asking) -> tuple[Image, Scalar]:
+        return state.ascent.found, state.ascent.score
+
+    return Iteration(init, step, best, attack.steps, lambda state: state.asked, seen)
 
 
 def nes(

@@ -1,10 +1,13 @@
 """How robust a model is, counted: attacks over many images, the judge, and sums of its verdicts.
 
 `packing` drives an attack over a data set, `verdicts` decides about what it found, `counts` adds
-up.
-An attack knows nothing of either: it gets `logits_fn(key, image)` and returns an image.
+up, `cost` says what that took.
+An attack knows nothing of either: it gets `logits_fn(key, image)` and returns an image. `smoothing`
+proves radii within which there is none.
 """
 
+from rain_jax.evaluation import smoothing
+from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.counts import (
     Proportion,
     curve,
@@ -15,40 +18,53 @@ from rain_jax.evaluation.counts import (
     standing,
     worst_case,
 )
-from rain_jax.evaluation.packing import packed
+from rain_jax.evaluation.packing import as_iteration, packed, packed_lanes, passes
 from rain_jax.evaluation.verdicts import (
     Evaluator,
     Found,
     Judgement,
+    Lanes,
     LogitsFnOf,
+    ModelOf,
     Rules,
     Verdicts,
     as_they_are,
     evaluator,
     judge,
     judging,
+    judging_lanes,
     run,
 )
 
 __all__ = [
+    "Cost",
     "Evaluator",
     "Found",
     "Judgement",
+    "Lanes",
     "LogitsFnOf",
+    "ModelOf",
+    "Passes",
     "Proportion",
     "Rules",
     "Verdicts",
+    "as_iteration",
     "as_they_are",
+    "cost",
     "curve",
     "evaluator",
     "join",
     "judge",
     "judging",
+    "judging_lanes",
     "nobody",
     "packed",
+    "packed_lanes",
+    "passes",
     "proportion",
     "run",
     "shares",
+    "smoothing",
     "standing",
     "worst_case",
 ]

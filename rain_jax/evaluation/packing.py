@@ -6,6 +6,7 @@ what an attack costs is what its hard images cost, and nothing recompiles.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.data import as_float
-from rain_jax.evaluation.verdicts import Found, LogitsFnOf, split_for_judge
+from rain_jax.evaluation.cost import Cost, Passes, cost
+from rain_jax.evaluation.verdicts import (
+    Found,
+    Lanes,
+    LogitsFnOf,
+    ModelOf,
+    split_for_judge,
+    values_of,
+)
 from rain_jax.parallel import Devices, image_keys, rows_of_process
 from rain_jax.types import (
     Array,
@@ -30,14 +39,14 @@ from rain_jax.types import (
     Variables,
 )
 
-# Looks at the scores during an attack. More of them find broken images sooner; each costs a
-# forward pass where the attack does not carry its score along, and a wait for the device.
+# Looks at the scores during an attack. More of them find broken images sooner; each costs a wait
+# for the device, and a forward pass where neither `best` nor `seen` does without.
 _LOOKS = 20
 # Each batch shape is this much smaller than the one before, down to a last one.
 _SMALLER, _SHAPES = 4, 3
 
 
-Drive = Callable[[Variables, Key, Iterable[Batch]], Iterator[Found]]
+Drive = Callable[[Variables, Key, Iterable[Batch | Lanes]], Iterator[Found]]
 
 
 def packed(
@@ -50,28 +59,57 @@ def packed(
 ) -> Drive:
     """A program that attacks the valid images of any batches: `(variables, key, batches) -> found`.
 
-    `batch_size`, over all devices, is the largest shape; there are three at most. With `early` an
-    image leaves as soon as its score is positive: right at a fixed radius, wrong where the nearest
+    `batch_size` is how many images the model is shown at once, over all devices: with five restarts
+    a fifth as many are attacked at a time. There are three shapes at most. With `early` an image
+    leaves as soon as its score is positive: right at a fixed radius, wrong where the nearest
     image or the worst mean over draws is wanted. Images get the keys that `evaluator` gives them.
     """
-    run = attack if isinstance(attack, Iteration) else _whole(attack)
-    sizes = _sizes(max(1, batch_size // devices.size))
-    chunk = max(1, run.steps // _LOOKS)
+    run = as_iteration(attack)
+
+    def model_of(variables: Variables, values: PyTree) -> LogitsFn:
+        return logits_fn_of(variables)
+
+    return packed_lanes(
+        lambda values: run, model_of, devices, batch_size=batch_size, early=early, steps=run.steps
+    )
+
+
+def packed_lanes(
+    attack_of: Callable[[PyTree], Attack | Iteration],
+    model_of: ModelOf,
+    devices: Devices,
+    *,
+    batch_size: int,
+    early: bool = True,
+    steps: int = 0,
+) -> Drive:
+    """`packed` for `Lanes`: each image is attacked by `attack_of(its values)`, in one program.
+
+    The model is `model_of(variables, its values)`. Values are traced: whatever asks for their
+    numbers fails here as it does under `jax.jit`. How many steps an image gets its lane says; or
+    `steps` does, of `Batch`es. One that appears in several lanes has the same keys in all of them.
+    """
+    sizes: list[int] = []
     programs: _Programs | None = None  # known with the first image's shape, kept for the others
 
-    def drive(variables: Variables, key: Key, batches: Iterable[Batch]) -> Iterator[Found]:
+    def drive(variables: Variables, key: Key, batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
         nonlocal programs
         waiting = _Queue(batches)
         if waiting.empty:
             return
         if programs is None:
-            programs = _compile(run, logits_fn_of, devices, variables, key, waiting.example)
+            given = attack_of, model_of
+            programs = _compile(*given, devices, variables, key, waiting.example)
+            width = _width(*given, variables, key, waiting.example)
+            sizes.extend(_sizes(max(1, batch_size // (devices.size * width))))
         size = _fitting(sizes, waiting.at_most(sizes[0] * devices.size), devices.size)
         room = min(size, sizes[min(1, len(sizes) - 1)])  # of a filling, on each device
         held = waiting.blank(size * devices.size)
         age = np.zeros(size * devices.size, np.int32)
+        limit = np.zeros(size * devices.size, np.int32)
         rows = devices.split(rows_of_process(np.zeros(size * devices.size, np.int32)))
         states = programs.empty(variables, devices.split(rows_of_process(held)), rows)
+        most = 0  # steps of anybody so far
 
         while True:
             # --- let others in
@@ -83,6 +121,8 @@ def packed(
                 states = programs.fill(variables, key, devices.again(states), fresh_rows, slot_rows)
                 _put(held, places[fresh.valid], taken)
                 age[places[fresh.valid]] = 0
+                limit[places[fresh.valid]] = taken.steps if isinstance(taken, Lanes) else steps
+                most = max(most, int(np.max(limit)))
             if not held.valid.any():
                 return
             # --- move closer together
@@ -92,16 +132,17 @@ def packed(
                 states = programs.shrink(
                     devices.again(states), devices.split(rows_of_process(order))
                 )
-                held, age, size = jax.tree.map(lambda leaf: leaf[kept], held), age[kept], smaller
-                room = min(room, size)
+                held, size = jax.tree.map(lambda leaf: leaf[kept], held), smaller
+                age, limit, room = age[kept], limit[kept], min(room, size)
             # --- go on, no further than the first who has had all steps
-            length = min(chunk, run.steps - int(np.max(age[held.valid])))
-            states, score, queries, image = programs.advance(
-                variables, devices.again(states), np.int32(length)
-            )
+            length = min(_chunk(most), int(np.min((limit - age)[held.valid])))
             age += length
+            last = np.bool_(np.any((age >= limit)[held.valid]))
+            states, score, queries, image = programs.advance(
+                variables, devices.again(states), np.int32(length), last
+            )
             score, queries = devices.gather((score, queries))
-            done = held.valid & ((age >= run.steps) | ((score > 0) if early else False))
+            done = held.valid & ((age >= limit) | ((score > 0) if early else False))
             if done.any():
                 image = devices.gather(image)
                 batch = jax.tree.map(lambda leaf: leaf[done], held)
@@ -109,6 +150,22 @@ def packed(
                 held.valid[done] = False
 
     return drive
+
+
+def passes(attack: Iteration, costs: Cost, steps: np.ndarray) -> Passes:
+    """What an attack took that left its images after so many `steps` [N], all of them together.
+
+    As `packed` asks: for the best image at every look, or where the attack has `seen`, at the end.
+    Places that are empty, or wait for others, are not counted.
+    """
+    looks = -(-steps // _chunk(attack.steps)) if attack.seen is None else steps >= attack.steps
+    whole = costs.init * len(steps) + costs.step * int(np.sum(steps))
+    return whole + costs.best * int(np.sum(looks))
+
+
+def _chunk(steps: int) -> int:
+    """Steps between two looks."""
+    return max(1, steps // _LOOKS)
 
 
 class _Programs(NamedTuple):
@@ -121,20 +178,27 @@ class _Programs(NamedTuple):
 
 
 def _compile(
-    run: Iteration,
-    logits_fn_of: LogitsFnOf,
+    attack_of: Callable[[PyTree], Attack | Iteration],
+    model_of: ModelOf,
     devices: Devices,
     variables: Variables,
     key: Key,
-    example: Batch,
+    example: Batch | Lanes,
 ) -> _Programs:
     """Nothing is compiled before it is called, so shapes that never occur cost nothing."""
 
-    def begin(variables: Variables, key: Key, image: Array, label: Target) -> PyTree:
-        attack_key, _ = split_for_judge(key)
-        return run.init(attack_key, logits_fn_of(variables), as_float(image), label)
+    def given(variables: Variables, values: PyTree) -> tuple[Iteration, LogitsFn]:
+        return as_iteration(attack_of(values)), model_of(variables, values)
 
-    like = jax.eval_shape(begin, variables, key, example.image[0], jnp.int32(0))
+    def begin(
+        variables: Variables, key: Key, image: Array, label: Target, values: PyTree
+    ) -> PyTree:
+        attack_key, _ = split_for_judge(key)
+        run, logits_fn = given(variables, values)
+        return run.init(attack_key, logits_fn, as_float(image), label), values
+
+    first = jax.tree.map(lambda leaf: leaf[0], values_of(example))
+    like, _ = jax.eval_shape(begin, variables, key, example.image[0], jnp.int32(0), first)
 
     # Between programs keys are plain numbers, which any mapping can split and move.
     def raw(state: PyTree) -> PyTree:
@@ -148,38 +212,43 @@ def _compile(
         )
 
     def empty(
-        variables: Variables, batch: Batch, rows: Array, axis_name: AxisName = None
+        variables: Variables, batch: Batch | Lanes, rows: Array, axis_name: AxisName = None
     ) -> PyTree:
         flat = jax.eval_shape(raw, like)
-        return jax.tree.map(lambda leaf: jnp.zeros((*rows.shape, *leaf.shape), leaf.dtype), flat)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((*rows.shape, *leaf.shape), leaf.dtype), flat)
+        return zeros, values_of(batch)
 
     def fill(
-        variables: Variables, key: Key, states: PyTree, batch: Batch, slots: Array,
+        variables: Variables, key: Key, states: PyTree, batch: Batch | Lanes, slots: Array,
         axis_name: AxisName = None,
     ) -> PyTree:  # fmt: skip
-        def fresh(key: Key, image: Image, label: Target) -> PyTree:
-            return raw(begin(variables, key, image, label))
+        def fresh(key: Key, image: Image, label: Target, values: PyTree) -> PyTree:
+            return raw(begin(variables, key, image, label, values))
 
-        new = jax.vmap(fresh)(image_keys(key, batch.index), batch.image, batch.label)
+        new = jax.vmap(fresh)(
+            image_keys(key, batch.index), batch.image, batch.label, values_of(batch)
+        )
         return jax.tree.map(lambda old, leaf: old.at[slots].set(leaf, mode="drop"), states, new)
 
     def advance(
-        variables: Variables, states: PyTree, length: Array, axis_name: AxisName = None
-    ) -> tuple[PyTree, Array, Array, Array]:
-        logits_fn = logits_fn_of(variables)
+        variables: Variables, states: PyTree, length: Array, last: Array,
+        axis_name: AxisName = None,
+    ) -> tuple[PyTree, Array, Array, Array]:  # fmt: skip
+        def one(state: PyTree, values: PyTree) -> Any:
+            run, logits_fn = given(variables, values)
+            # The length is data: one program serves every chunk.
+            state = jax.lax.fori_loop(
+                0, length, lambda _, state: run.step(logits_fn, state), typed(state)
+            )
+            best = partial(run.best, logits_fn)
+            # Whoever has had all steps gets the whole verdict; on the way what is known will do.
+            known = best(state) if run.seen is None else jax.lax.cond(last, best, run.seen, state)
+            asked = -1 if run.queries is None else run.queries(state)
+            return raw(state), known, jnp.asarray(asked, jnp.int32)
 
-        def one(state: PyTree) -> PyTree:
-            return raw(run.step(logits_fn, typed(state)))
-
-        def seen(state: PyTree) -> tuple[Scalar, Scalar, Image]:
-            state = typed(state)
-            image, score = run.best(logits_fn, state)
-            asked = jnp.int32(-1) if run.queries is None else run.queries(state)
-            return score, jnp.asarray(asked, jnp.int32), image
-
-        # The length is data: one program serves every chunk.
-        states = jax.lax.fori_loop(0, length, lambda _, states: jax.vmap(one)(states), states)
-        return states, *jax.vmap(seen)(states)
+        states, values = states
+        states, (image, score), queries = jax.vmap(one)(states, values)
+        return (states, values), score, queries, image
 
     def shrink(states: PyTree, order: Array, axis_name: AxisName = None) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[order], states)
@@ -188,9 +257,34 @@ def _compile(
     return _Programs(
         over(empty, inputs=(False, True, True), outputs=True),
         over(fill, inputs=(False, False, True, True, True), outputs=True, donate=(2,)),
-        over(advance, inputs=(False, True, False), outputs=(True,) * 4, donate=(1,)),
+        over(advance, inputs=(False, True, False, False), outputs=(True,) * 4, donate=(1,)),
         over(shrink, inputs=(True, True), outputs=True),
     )
+
+
+def _width(
+    attack_of: Callable[[PyTree], Attack | Iteration],
+    model_of: ModelOf,
+    variables: Variables,
+    key: Key,
+    example: Batch | Lanes,
+) -> int:
+    """How many images the model is shown at once for each one: restarts, targets, draws."""
+    first = jax.tree.map(lambda leaf: leaf[0], values_of(example))
+
+    def logits(variables: Variables, key: Key, image: Array, values: PyTree) -> Array:
+        return model_of(variables, values)(key, as_float(image))
+
+    classes = jax.eval_shape(logits, variables, key, example.image[0], first).shape[-1]
+    widths: list[int] = []
+
+    def counted(values: PyTree) -> None:
+        attack = as_iteration(attack_of(values))
+        widths.append(cost(attack, example.image.shape[1:], classes).width)
+
+    # Values stay traced here too, so that no attack is made that the programs could not make.
+    jax.eval_shape(counted, first)
+    return widths[0]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -204,8 +298,10 @@ class _Ran(NamedTuple):
     score: Scalar
 
 
-def _whole(attack: Attack) -> Iteration:
-    """An attack that is no `Iteration`, run at once; its images are for the judge to score."""
+def as_iteration(attack: Attack | Iteration) -> Iteration:
+    """The attack; one that is no `Iteration` runs at once, and its images are for the judge."""
+    if isinstance(attack, Iteration):
+        return attack
 
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> _Ran:
         return _Ran(attack(key, logits_fn, image, target), jnp.float32(0.0))
@@ -257,17 +353,19 @@ def _closer(
     return order.ravel().astype(np.int32), places.ravel()
 
 
-def _put(held: Batch, places: np.ndarray, taken: Batch) -> None:
-    for mine, new in zip(held, taken, strict=True):
+def _put(held: Batch | Lanes, places: np.ndarray, taken: Batch | Lanes) -> None:
+    def put(mine: np.ndarray, new: np.ndarray) -> None:
         mine[places] = new
+
+    jax.tree.map(put, held, taken)
 
 
 class _Queue:
     """The valid images of some batches, read when they are wanted."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch | Lanes]) -> None:
         self._batches = iter(batches)
-        self._ready: Batch | None = None
+        self._ready: Batch | Lanes | None = None
         self._read(1)
 
     def _read(self, count: int) -> None:
@@ -277,7 +375,7 @@ class _Queue:
             if batch is None:
                 return
             valid = np.asarray(batch.valid)
-            some: Batch = jax.tree.map(lambda leaf, v=valid: np.asarray(leaf)[v], batch)
+            some: Batch | Lanes = jax.tree.map(lambda leaf, v=valid: np.asarray(leaf)[v], batch)
             if self._ready is not None:
                 some = jax.tree.map(lambda a, b: np.concatenate([a, b]), self._ready, some)
             self._ready = some
@@ -287,7 +385,7 @@ class _Queue:
         return self._ready is None or len(self._ready.index) == 0
 
     @property
-    def example(self) -> Batch:
+    def example(self) -> Batch | Lanes:
         assert self._ready is not None
         return self._ready
 
@@ -296,20 +394,24 @@ class _Queue:
         self._read(count)
         return min(count, len(self.example.index))
 
-    def blank(self, count: int) -> Batch:
-        """`count` places with nobody in them."""
-        return jax.tree.map(
-            lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), self.example
+    def blank(self, count: int) -> Batch | Lanes:
+        """`count` places with nobody in them, but with values that make sense."""
+        example = self.example
+        empty = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), example)
+        if isinstance(example, Batch):
+            return empty
+        return empty._replace(
+            values=jax.tree.map(lambda leaf: np.repeat(leaf[:1], count, axis=0), example.values)
         )
 
-    def pull(self, places: np.ndarray) -> tuple[Batch, Batch]:
+    def pull(self, places: np.ndarray) -> tuple[Batch | Lanes, Batch | Lanes]:
         """The next images for `places`, -1 marking none: padded to all places, and as they are."""
         wanted = places >= 0
         self._read(int(np.sum(wanted)))
         count = self.at_most(int(np.sum(wanted)))
-        taken: Batch = jax.tree.map(lambda leaf: leaf[:count], self.example)
+        fresh = self.blank(len(places))
+        taken = jax.tree.map(lambda leaf: leaf[:count], self.example)
         self._ready = jax.tree.map(lambda leaf: leaf[count:], self.example)
         self._read(1)
-        fresh = self.blank(len(places))
         _put(fresh, np.flatnonzero(wanted)[:count], taken)
         return fresh, taken

@@ -23,6 +23,7 @@ from rain_jax.types import (
     Image,
     Key,
     LogitsFn,
+    PyTree,
     Scalar,
     Target,
     Threat,
@@ -30,6 +31,29 @@ from rain_jax.types import (
 )
 
 LogitsFnOf = Callable[[Variables], LogitsFn]
+ModelOf = Callable[[Variables, PyTree], LogitsFn]
+"""A model whose settings may differ from image to image, given variables and an image's values."""
+
+
+class Lanes(NamedTuple):
+    """A `Batch` whose images may appear more than once, each time under settings of its own.
+
+    Fields are those of `Batch`, with `values`, a pytree of arrays [B, ...] whose rows belong to the
+    images, and how many `steps` an attack takes with them.
+    """
+
+    image: Any
+    label: Any
+    # A tuple's own `index` gives way, as in `Batch`.
+    index: Any
+    valid: Any
+    values: PyTree
+    steps: Any  # [B] int32
+
+
+def values_of(batch: Batch | Lanes) -> PyTree:
+    """The values of each image; of a `Batch` there are none."""
+    return batch.values if isinstance(batch, Lanes) else ()
 
 
 class Judgement(NamedTuple):
@@ -51,7 +75,7 @@ class Judgement(NamedTuple):
 class Found(NamedTuple):
     """Images that are done, NumPy arrays [n, ...]; which ones come together means nothing."""
 
-    batch: Batch  # the clean images
+    batch: Batch | Lanes  # the clean images
     image: np.ndarray  # float32 [n, H, W, C], what the attack returns
     score: np.ndarray  # positive where the attack thinks them broken
     steps: np.ndarray  # int32, that were taken
@@ -164,27 +188,48 @@ class Verdicts(NamedTuple):
     image: np.ndarray  # float32 [n, H, W, C], rounded where the rules say so
     steps: np.ndarray  # int32, of the attack
     queries: np.ndarray  # int32, for attacks that count them; else -1
+    values: PyTree = ()  # of `Lanes`
+
+
+Judging = Callable[[Variables, Key, Iterable[Found]], Iterator[Verdicts]]
 
 
 def judging(
     logits_fn_of: LogitsFnOf, rules: Rules, devices: Devices, *, batch_size: int
-) -> Callable[[Variables, Key, Iterable[Found]], Iterator[Verdicts]]:
+) -> Judging:
     """A program that judges found images, `batch_size` at a time: `(variables, key, found)`.
 
     Distances, and whether the threat was kept, are computed again in float64 on the host.
     """
     within("draws", rules.draws, 1)
 
-    def body(
-        variables: Variables, key: Key, batch: Batch, found: Array, axis_name: AxisName = None
-    ) -> tuple[Judgement, Array]:
-        logits_fn = logits_fn_of(variables)
+    def model_of(variables: Variables, values: PyTree) -> LogitsFn:
+        return logits_fn_of(variables)
 
-        def one(key: Key, clean: Image, found: Image, label: Target) -> Any:
+    return judging_lanes(model_of, lambda values: rules, devices, batch_size=batch_size)
+
+
+def judging_lanes(
+    model_of: ModelOf, rules_of: Callable[[PyTree], Rules], devices: Devices, *, batch_size: int
+) -> Judging:
+    """`judging` for images of `Lanes`: each by the rules and by the model of its values.
+
+    `rules_of` is given the traced values of one image, and NumPy's of many: a radius may be among
+    them, nothing else of the rules.
+    """
+
+    def body(
+        variables: Variables, key: Key, batch: Batch | Lanes, found: Array,
+        axis_name: AxisName = None,
+    ) -> tuple[Judgement, Array]:  # fmt: skip
+        def one(key: Key, clean: Image, found: Image, label: Target, values: PyTree) -> Any:
+            rules, logits_fn = rules_of(values), model_of(variables, values)
             return judge(logits_fn, rules, split_for_judge(key)[1], clean, found, label)
 
         keys = image_keys(key, batch.index)
-        seen, images = jax.vmap(one)(keys, as_float(batch.image), found, batch.label)
+        seen, images = jax.vmap(one)(
+            keys, as_float(batch.image), found, batch.label, values_of(batch)
+        )
         return Judgement(batch.index, batch.label, *seen), images
 
     program = devices.map(body, inputs=(False, False, True, True), outputs=(True, True))
@@ -197,9 +242,11 @@ def judging(
             program(variables, key, *devices.split(rows_of_process(full)))
         )
         judgement, images = jax.tree.map(lambda leaf: leaf[:count], (judgement, images))
-        keeps, distance = kept_in_float64(rules.threat, as_float(found.batch.image), images)
+        values = values_of(found.batch)
+        threat = rules_of(values).threat
+        keeps, distance = kept_in_float64(threat, as_float(found.batch.image), images)
         judgement = judgement._replace(allowed=keeps, distance=distance)
-        return Verdicts(judgement, images, found.steps, found.queries)
+        return Verdicts(judgement, images, found.steps, found.queries, values)
 
     def judge_all(variables: Variables, key: Key, found: Iterable[Found]) -> Iterator[Verdicts]:
         for some in _regrouped(found, size):
@@ -208,7 +255,7 @@ def judging(
     return judge_all
 
 
-def as_they_are(batches: Iterable[Batch]) -> Iterator[Found]:
+def as_they_are(batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
     """The clean images as if an attack had found them: judged, they give the clean accuracy."""
     for batch in batches:
         valid = np.asarray(batch.valid)
@@ -228,12 +275,12 @@ def kept_in_float64(
     """Whether images [n, H, W, C] keep to the threat, bool [n], and their distances float32 [n].
 
     In float64, to a tolerance of 2^-22 for each pixel value (added up as the norm adds them) and a
-    millionth of the radius. Bounds are exact.
+    millionth of the radius, which may be [n]. Bounds are exact.
     """
     change = (found.astype(np.float64) - clean.astype(np.float64)).reshape(len(found), -1)
     distance = np.linalg.norm(change, ord=threat.norm.order, axis=1)
     slack = _PIXEL * float(change.shape[1]) ** (1 / threat.norm.order)
-    radius = float(threat.radius)
+    radius = np.asarray(threat.radius, np.float64)
     low, high = np.float32(threat.low), np.float32(threat.high)
     # Written so that not-a-number is never allowed.
     bounded = np.all((found >= low) & (found <= high), axis=(1, 2, 3))

@@ -153,3 +153,27 @@ def test_a_model_without_gradients_yields_finite_images(name):
 
     threat = Threat(NORMS_OF.get(name, (l2,))[-1], 0.5)
     assert bool(jnp.all(jnp.isfinite(run(SMALL[name](threat), 7, model=flat))))
+
+
+@ALL
+def test_what_was_seen_on_the_way_is_true_and_never_more_than_the_end(name):
+    """Of states after every step: a broken image is one, and `best` is at least as good."""
+    attack = SMALL[name](in_first_norm(name, 0.1))
+    if getattr(attack, "seen", None) is None:
+        pytest.skip("its best asks the model nothing, or it is no Iteration")
+
+    def along(key, image, label):
+        states = attack.init(key, logits_fn, image, label)
+        told = []
+        for _ in range(attack.steps):
+            states = attack.step(logits_fn, states)
+            told.append((attack.seen(states), attack.best(logits_fn, states)))
+        return told
+
+    broken = 0
+    for (image, score), (_, best) in jax.jit(jax.vmap(along))(KEYS, IMAGES, LABELS):
+        wrong = jax.vmap(lambda k, x: jnp.argmax(logits_fn(k, x)))(KEYS, image) != LABELS
+        assert bool(jnp.all(wrong[score > 0]))
+        assert bool(jnp.all((best >= score - 1e-5) | (score <= 0)))
+        broken += int(jnp.sum(score > 0))
+    assert broken > 0

@@ -167,9 +167,9 @@ def test_broken_images_make_room(monkeypatch):
     def spying(*arguments):
         programs = compile_(*arguments)
 
-        def advance(variables, states, length):
+        def advance(variables, states, length, last):
             work.append(len(jax.tree.leaves(states)[0]) * int(length))
-            return programs.advance(variables, states, length)
+            return programs.advance(variables, states, length, last)
 
         return programs._replace(advance=advance)
 
