@@ -4,6 +4,7 @@ Images are floats: bytes, planes and batches raise `UsageError`. What is compute
 is not a number is none either.
 """
 
+from rain_jax.image import corruptions
 from rain_jax.image.dct import dct, idct
 from rain_jax.image.jpeg import jpeg, standard_tables
 from rain_jax.image.resample import mean_pool, random_pick, resize, to_even
@@ -12,6 +13,7 @@ from rain_jax.image.spectrum import band_energy, low_pass, radial_spectrum
 
 __all__ = [
     "band_energy",
+    "corruptions",
     "dct",
     "idct",
     "jpeg",

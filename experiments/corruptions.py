@@ -1,0 +1,427 @@
+"""Accuracy of trained models under the 15 common corruptions (ImageNet-C, CIFAR-10-C).
+
+    python -m experiments.corruptions --workdir=RUN --config.frost=FOLDER
+    python -m experiments.corruptions --workdir=RUN --config.baseline=OTHER --config.images=1000
+    python -m experiments.corruptions --workdir=RUN --config.families=fog,snow --config.severities=5
+    python -m experiments.corruptions --workdir=RUN --config.published=tfds:cifar10_corrupted
+
+Hendrycks & Dietterich, arXiv:1903.12261. Writes corruptions.json and corruptions.png into the run's
+folder, and prints a table: per cent right, and against a baseline the mean corruption errors. The
+corrupted images follow from the seed and from an image's place in the data set alone.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments import build, cache, loading, workdir
+from experiments import corruption_scores as scores
+from experiments.cli import run
+from experiments.corruption_scores import CLEAN, Cell
+from experiments.defended import logits_fn_of
+from experiments.logs import Progress, provenance, write_json
+from experiments.schema import call, filled
+from rain_jax import data, evaluation
+from rain_jax.checks import UsageError, one_of, within
+from rain_jax.image.corruptions import (
+    FAMILIES,
+    SEVERITIES,
+    Constants,
+    Corruption,
+    Frost,
+    frosted,
+)
+from rain_jax.parallel import (
+    Devices,
+    choose_devices,
+    image_keys,
+    initialise,
+    place,
+    round_up,
+    rows_of_process,
+)
+from rain_jax.types import Array, AxisName, Batch, Key, Variables
+
+# Constants were published for 32 and for 224 pixels: up to here the smaller ones are nearer.
+SMALL = 64
+# Of the authors' six photographs of frost their code draws among these.
+FROSTS = 5
+# Names of TFDS that differ from the paper's, in `cifar10_corrupted` alone.
+_TFDS_NAMES = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
+# Of the judge's key; those of families are checksums of their names.
+JUDGE = 0
+
+
+@dataclass(frozen=True)
+class Corruptions:
+    """What is looked at.
+
+    `families` and `severities` are all by default, but frost where there are no photographs of it:
+    `frost` names a file, or a folder whose first five are taken. `images` takes the first so many
+    test images, by default those of the run's own evaluation. `constants` are those of ImageNet-C
+    or CIFAR-10-C, by default whichever were made for images of about this size.
+
+    `published` reads corrupted images in place of making them: "tfds:cifar10_corrupted", or
+    "tfds:imagenet2012_corrupted", prepared in `data_dir`.
+
+    `runs` are other runs on the same test images. Errors are divided by those of `baseline`, the
+    folder of one more run, or "alexnet" for the published ones on ImageNet-C.
+    """
+
+    families: tuple[str, ...] | str | None = None
+    severities: tuple[int, ...] | int = SEVERITIES
+    images: int | None = None
+    batch_size: int = 250
+    seed: int = 0
+    constants: Literal["auto", "imagenet", "cifar"] = "auto"
+    frost: str | None = None
+    published: str | None = None
+    data_dir: str | None = None
+    runs: tuple[str, ...] | str = ()
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.asked_families:
+            one_of("config.families", name, FAMILIES)
+        for severity in self.asked_severities:
+            within("config.severities", severity, SEVERITIES[0], SEVERITIES[-1])
+        for name in ("asked_families", "asked_severities"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                key = f"config.{name.removeprefix('asked_')}"
+                raise UsageError(f"{key}={getattr(self, name)!r}: expected one at least, each once")
+        if self.images is not None:
+            within("config.images", self.images, 1)
+        within("config.batch_size", self.batch_size, 1)
+        within("config.seed", self.seed, 0, 2**31 - 1)
+        if self.published is None and "frost" in self.asked_families and self.frost is None:
+            raise UsageError(
+                "config.frost is missing: expected photographs of frost, a file or a folder; the "
+                "authors' own come with hendrycks/robustness and with imagecorruptions"
+            )
+        if self.published is not None and not self.published.startswith("tfds:"):
+            raise UsageError(f"config.published={self.published!r}: expected 'tfds:NAME'")
+        if self.baseline == "alexnet" and set(self.asked_severities) != set(SEVERITIES):
+            raise UsageError(
+                "config.severities: expected all: AlexNet's errors are means over them"
+            )
+
+    @property
+    def asked_families(self) -> tuple[str, ...]:
+        if isinstance(self.families, str):
+            return tuple(self.families.split(","))
+        if self.families is not None:
+            return self.families
+        here = self.frost is not None or self.published is not None
+        return tuple(name for name in FAMILIES if here or name != "frost")
+
+    @property
+    def asked_severities(self) -> tuple[int, ...]:
+        return self.severities if isinstance(self.severities, tuple) else (self.severities,)
+
+    @property
+    def asked_runs(self) -> tuple[str, ...]:
+        return tuple(self.runs.split(",")) if isinstance(self.runs, str) else self.runs
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [(f, severity) for f in self.asked_families for severity in self.asked_severities]
+
+
+def root_key(seed: int) -> Key:
+    """The root of all draws here; training and other evaluations draw nothing from it."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"corruptions"))
+
+
+def cell_key(seed: int, family: str, severity: int) -> Key:
+    """That of a family at one severity, whichever others stand beside it."""
+    key = jax.random.fold_in(root_key(seed), zlib.crc32(family.encode()))
+    return jax.random.fold_in(key, severity)
+
+
+def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
+    """A complete config with some values replaced, checked."""
+    spec = {**build.plain(config), **dict(changes)}
+    call("config", Corruptions, spec)
+    return ml_collections.ConfigDict(filled(Corruptions, spec), type_safe=False)
+
+
+class Model(NamedTuple):
+    """A trained run."""
+
+    experiment: build.Experiment
+    variables: Variables
+    step: int
+    judge: Callable[..., Array]  # variables, key, batch, images -> how right it is [B]
+
+
+def model_of(folder: Path, devices: Devices) -> Model:
+    """Opens a run; its judge answers with its share of right draws, 0 or 1 where nothing is drawn.
+
+    The judge's draws depend on the image, and neither on the corruption nor on the batch.
+    """
+    experiment = build.experiment(workdir.read_config(folder))
+    variables, step = loading.load(experiment, folder)
+    loading.check_finite(variables, f"{folder} at step {step}")
+    draws = experiment.evaluation.draws or 1
+    rules = evaluation.Rules(experiment.threat, draws)
+    of = logits_fn_of(experiment.network)
+
+    def body(
+        variables: Variables, key: Key, batch: Batch, images: Array, axis_name: AxisName = None
+    ) -> Array:
+        def one(key: Key, image: Array, label: Array) -> Array:
+            (right, share, *_), _ = evaluation.judge(of(variables), rules, key, image, image, label)
+            return share if draws > 1 else right.astype(jnp.float32)
+
+        keys = image_keys(key, batch.index)
+        return jax.vmap(one)(keys, data.as_float(images), batch.label)
+
+    program = devices.map(body, inputs=(False, False, True, True), outputs=True)
+    return Model(experiment, devices.replicate(variables), step, program)
+
+
+def constants_of(asked: Corruptions, source: data.Source) -> Constants:
+    """Those that are asked for, or the nearer ones."""
+    if asked.constants != "auto":
+        return asked.constants
+    return "cifar" if min(source.shape[:2]) <= SMALL else "imagenet"
+
+
+def frost_of(asked: Corruptions, constants: Constants) -> Frost | None:
+    """The photographs of frost, where there are any."""
+    if asked.frost is None:
+        return None
+    path = Path(asked.frost).expanduser()
+    if not path.exists():
+        raise UsageError(f"config.frost={asked.frost}: no such file or folder")
+    files = sorted(path.iterdir())[:FROSTS] if path.is_dir() else [path]
+    return frosted([_pixels(file) for file in files], constants=constants)
+
+
+def _pixels(file: Path) -> np.ndarray:
+    from PIL import Image as pillow
+
+    try:
+        with pillow.open(file) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # by format and damage: OSError, SyntaxError, ValueError, ..
+        raise UsageError(
+            f"config.frost: {file} cannot be read: expected a photograph "
+            f"({' '.join(str(error).split())})"
+        ) from error
+
+
+def corrupters(asked: Corruptions, source: data.Source, devices: Devices) -> dict[str, Any]:
+    """A program for each family, `(key, severity, batch) -> images`, and one for all severities."""
+    constants = constants_of(asked, source)
+    photographs = frost_of(asked, constants)
+
+    def program(corruption: Corruption, given: dict[str, Any]) -> Any:
+        def body(
+            key: Key, severity: Array, given: dict[str, Any], batch: Batch,
+            axis_name: AxisName = None,
+        ) -> Array:  # fmt: skip
+            def one(key: Key, image: Array) -> Array:
+                return corruption(key, image, severity, constants=constants, **given)
+
+            return jax.vmap(one)(image_keys(key, batch.index), data.as_float(batch.image))
+
+        mapped = devices.map(body, inputs=(False, False, False, True), outputs=True)
+        # Photographs are an argument: as a part of the program they would be compiled with it.
+        there = devices.replicate(given)
+        return lambda key, severity, batch: mapped(key, severity, there, batch)
+
+    found = {}
+    for name in asked.asked_families:
+        given = {"photographs": photographs} if name == "frost" else {}
+        whole = partial(FAMILIES[name], constants=constants, **given)
+        image = jax.ShapeDtypeStruct(source.shape, jnp.float32)
+        try:  # traced now, so that what does not fit is met before anything is measured
+            jax.eval_shape(whole, jax.eval_shape(jax.random.key, 0), image, SEVERITIES[0])
+        except UsageError as error:
+            raise UsageError(f"config.families {name}: {error}") from None
+        found[name] = program(FAMILIES[name], given)
+    return found
+
+
+class Look(NamedTuple):
+    """Images of a cell, on the devices, and the batch that they belong to."""
+
+    cell: Cell
+    valid: np.ndarray
+    batch: Batch
+    images: Array
+
+
+def looks(
+    asked: Corruptions, source: data.Source, size: int, devices: Devices, published: dict[Cell, Any]
+) -> Iterator[Look]:
+    """The clean images, and every cell of each batch, made here or as they were published."""
+    programs = {} if published else corrupters(asked, source, devices)
+
+    def placed(cell: Cell, source: data.Source) -> Iterator[Look]:
+        for batch in data.evaluation_batches(source, size):
+            there = devices.split(rows_of_process(batch))
+            yield Look(cell, np.asarray(batch.valid), there, there.image)
+
+    keys = {cell: devices.replicate(cell_key(asked.seed, *cell)) for cell in asked.cells}
+    for clean in placed(CLEAN, source):
+        yield clean
+        for name, severity in () if published else asked.cells:
+            strength = devices.replicate(jnp.int32(severity))
+            images = programs[name](keys[name, severity], strength, clean.batch)
+            yield Look((name, severity), clean.valid, clean.batch, devices.again(images))
+    for cell, other in published.items():
+        yield from placed(cell, other)
+
+
+def published_sources(asked: Corruptions, source: data.Source) -> dict[Cell, data.Source]:
+    """The published images of all cells, from folders that TFDS has prepared."""
+    if asked.published is None:
+        return {}
+    name = asked.published.removeprefix("tfds:")
+    found = {}
+    for family, severity in asked.cells:
+        known = _TFDS_NAMES.get(family, family) if name.startswith("cifar10") else family
+        cell = _tested(f"{name}/{known}_{severity}", asked.data_dir)
+        if (cell.shape, cell.classes) != (source.shape, source.classes):
+            raise UsageError(
+                f"config.published={asked.published}: images {list(cell.shape)} of {cell.classes} "
+                f"classes: expected {list(source.shape)} of {source.classes}, as {source.name} has"
+            )
+        found[family, severity] = data.first(cell, asked.images)
+    return found
+
+
+def _tested(name: str, data_dir: str | None) -> data.Source:
+    """The one split of a TFDS data set without training images, which `data.load` would ask for."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    folder = str(Path(data_dir).expanduser()) if data_dir else tfds.core.constants.DATA_DIR
+    try:
+        builder = read_only_builder.builder_from_files(name, data_dir=folder)
+        split = "test" if "test" in builder.info.splits else "validation"
+        records = builder.as_data_source(split)
+    except Exception as error:  # by what is missing or damaged, TFDS raises many kinds
+        raise UsageError(
+            f"config.published: {name} cannot be opened in {folder}: expected it prepared once, "
+            f"where TensorFlow is installed: `tfds build {name} --file_format=array_record "
+            f"--data_dir={folder}` ({' '.join(str(error).split())[:200]})"
+        ) from error
+    features = builder.info.features
+
+    def read(place: int) -> tuple[np.ndarray, int]:
+        example = records[place]
+        return np.asarray(example["image"]), int(example["label"])
+
+    label = features["label"]
+    return data.Source(
+        f"tfds:{name}", len(records), features["image"].shape, label.num_classes,
+        tuple(label.names), read,
+    )  # fmt: skip
+
+
+def measure(asked: Corruptions, models: dict[str, Model]) -> dict[str, dict[Cell, np.ndarray]]:
+    """How right each model is about each image [N] of each cell, clean ones included."""
+    first = next(iter(models.values())).experiment
+    devices = place(first.parallel.mapping, choose_devices(first.parallel.devices))
+    for name, model in models.items():
+        here, there = first.splits.test, model.experiment.splits.test
+        if (here.name, here.shape, here.size) != (there.name, there.shape, there.size):
+            raise UsageError(
+                f"{name}: tested on {there.size:,} images of {there.name}, {list(there.shape)}: "
+                f"expected {here.size:,} of {here.name}, {list(here.shape)}"
+            )
+    source = data.first(first.splits.test, asked.images or first.evaluation.images)
+    published = published_sources(asked, first.splits.test)
+    size = round_up(asked.batch_size, devices.size)
+    key = devices.replicate(jax.random.fold_in(root_key(asked.seed), JUDGE))
+    parts: dict[str, dict[Cell, list[np.ndarray]]] = {name: {} for name in models}
+    total = source.size * (1 + (0 if published else len(asked.cells)))
+    total += sum(other.size for other in published.values())
+    with Progress("corruptions", total, unit="img") as bar:
+        for look in looks(asked, source, size, devices, published):
+            for name, model in models.items():
+                right = model.judge(model.variables, key, look.batch, look.images)
+                rows = devices.gather(right)[look.valid]
+                parts[name].setdefault(look.cell, []).append(rows)
+            bar.advance(int(np.sum(look.valid)))
+    return {
+        name: {cell: np.concatenate(rows) for cell, rows in cells.items()}
+        for name, cells in parts.items()
+    }
+
+
+def main(config: ml_collections.ConfigDict, folder: Path) -> None:
+    """Looks at the run in `folder`, and at others beside it."""
+    cache.enable()
+    initialise()
+    asked: Corruptions = call("config", Corruptions, build.plain(config))
+    workdir.check_writable(folder)
+    paths = [folder, *map(Path, asked.asked_runs)]
+    other = asked.baseline if asked.baseline != "alexnet" else None
+    paths += [] if other is None else [Path(other)]
+    paths = list(dict.fromkeys(paths))
+    # By their last names, where these tell them apart.
+    short = len({path.name for path in paths}) == len(paths)
+    names = {path: path.name if short else str(path) for path in paths}
+    where = build.experiment(workdir.read_config(folder)).parallel
+    devices = place(where.mapping, choose_devices(where.devices))
+    models = {names[path]: model_of(path, devices) for path in paths}
+    first = models[names[folder]].experiment
+    base = None
+    if asked.baseline == "alexnet":
+        if first.splits.test.classes != scores.ALEXNET_CLASSES:
+            raise UsageError(
+                f"config.baseline='alexnet': expected images of {scores.ALEXNET_CLASSES:,} "
+                f"classes, and {first.splits.test.name} has {first.splits.test.classes}"
+            )
+        base = scores.ALEXNET
+    seen = measure(asked, models)
+    if other is not None:
+        base = scores.errors_of(seen[names[Path(other)]])
+    if jax.process_index() != 0:
+        return
+    record = {
+        **build.plain(config),
+        "families": list(asked.asked_families),
+        "severities": list(asked.asked_severities),
+        "constants": None if asked.published else constants_of(asked, first.splits.test),
+        "data": first.splits.test.name,
+        "runs": {
+            names[path]: {
+                "folder": path,
+                "step": models[names[path]].step,
+                **scores.described(seen[names[path]], base),
+            }
+            for path in paths
+        },
+        "provenance": provenance(),
+    }
+    write_json(folder / "corruptions.json", record)
+    scores.figure(folder / "corruptions.png", record)
+    for name, told in record["runs"].items():
+        clean = told["clean"]
+        print(
+            f"\n{name}, step {told['step']}: {100 * clean['accuracy']:.1f} % of {clean['of']:,} "
+            f"clean images right; under corruption, per cent\n\n{scores.text_of(told)}",
+            flush=True,
+        )
+    if base is None:
+        print("\nWithout config.baseline these are plain means, and no corruption errors (mCE).")
+    if "frost" not in asked.asked_families and asked.families is None:
+        print("frost is left out: it needs photographs, --config.frost=FOLDER")
+    print(f"{folder / 'corruptions.png'} and .json hold the study", flush=True)
+
+
+if __name__ == "__main__":
+    run(main, lambda folder: filled(Corruptions, {}), changed=changed)

@@ -1,0 +1,227 @@
+"""The corruption study: counts that can be repeated by hand, errors that can be derived."""
+
+import json
+import shutil
+from functools import partial
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tfds_fixture
+
+from experiments import build, cli, corruptions, loading, train, workdir
+from experiments.corruption_scores import ALEXNET, Errors, compared
+from experiments.corruptions import Corruptions
+from rain_jax import data
+from rain_jax.checks import UsageError
+from rain_jax.image.corruptions import FAMILIES
+from rain_jax.parallel import choose_devices, image_keys, place
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A few steps on digits of 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("corrupted")
+    scope: dict = {}
+    exec(commands.write_config(folder).read_text(), scope)
+    whole = build.plain(scope["get_config"]())
+    whole["evaluation"] = {"images": IMAGES, "attacks": {"fgsm": {"name": "fgsm"}}}
+    whole["parallel"]["devices"] = 1
+    whole |= {"method": {"name": "natural"}, "validation": None}
+    train.main(build.changed(whole, [("training.epochs", 1)]), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    experiment = build.experiment(workdir.read_config(run))
+    return experiment, loading.load(experiment, run)[0]
+
+
+def opened(run):
+    return {"run": corruptions.model_of(run, place("shard_map", choose_devices(1)))}
+
+
+def told(run, *arguments):
+    """What the command writes."""
+    cli.run(
+        corruptions.main,
+        lambda folder: corruptions.filled(Corruptions, {}),
+        ["corruptions", f"--workdir={run}", *arguments],
+        changed=corruptions.changed,
+    )
+    return json.loads((run / "corruptions.json").read_text())
+
+
+def test_counts_are_those_of_the_corrupted_test_images(run, model):
+    experiment, variables = model
+    asked = Corruptions(families=("contrast", "gaussian_noise"), severities=(1, 5), seed=3)
+    seen = corruptions.measure(asked, opened(run))["run"]
+    (batch,) = data.evaluation_batches(data.first(experiment.splits.test, IMAGES), IMAGES)
+    images = data.as_float(batch.image)
+    assert set(seen) == {("clean", 0), *asked.cells}
+    clean = experiment.network.apply(variables, images)[0]
+    np.testing.assert_array_equal(seen["clean", 0], np.argmax(clean, -1) == batch.label)
+    for name, severity in asked.cells:
+        corruption = partial(FAMILIES[name], constants="cifar")  # nearer to 8 pixels
+        keys = image_keys(corruptions.cell_key(3, name, severity), batch.index)
+        worse = jax.jit(jax.vmap(corruption, (0, 0, None)))(keys, images, severity)
+        logits = experiment.network.apply(variables, worse)[0]
+        np.testing.assert_array_equal(seen[name, severity], np.argmax(logits, -1) == batch.label)
+
+
+def test_batches_and_what_else_is_looked_at_change_nothing(run):
+    all_of_them = Corruptions(families=("fog", "shot_noise"), severities=(2, 4), batch_size=24)
+    one = Corruptions(families="shot_noise", severities=4, batch_size=7, images=20)
+    whole, part = (corruptions.measure(asked, opened(run))["run"] for asked in (all_of_them, one))
+    np.testing.assert_array_equal(whole["shot_noise", 4][:20], part["shot_noise", 4])
+    again = Corruptions(families="shot_noise", severities=4, seed=1)
+    other = corruptions.measure(again, opened(run))["run"]
+    assert len(other["shot_noise", 4]) == IMAGES
+
+
+def test_errors_are_divided_by_those_of_the_baseline():
+    own = Errors({"fog": 0.3, "snow": 0.5}, 0.1)
+    found = compared(own, Errors({"fog": 0.6, "snow": 0.5}, 0.2))
+    assert found["ce"] == pytest.approx({"fog": 50, "snow": 100})
+    assert found["mce"] == pytest.approx(75)
+    assert found["relative_ce"] == pytest.approx({"fog": 50, "snow": 400 / 3})
+    assert found["relative_mce"] == pytest.approx((50 + 400 / 3) / 2)
+    # A baseline that fog does not hurt has nothing to divide by, and then there is no mean.
+    found = compared(own, Errors({"fog": 0.2, "snow": 0.5}, 0.2))
+    assert found["relative_ce"]["fog"] is None
+    assert found["relative_mce"] is None
+    assert found["mce"] == pytest.approx(125)
+
+
+def test_alexnet_has_the_published_errors():
+    assert list(ALEXNET.families) == list(FAMILIES)
+    # As rounded in the paper's table.
+    assert round(100 * ALEXNET.families["gaussian_noise"]) == 89
+    assert round(100 * ALEXNET.families["jpeg_compression"]) == 61
+    found = compared(ALEXNET, ALEXNET)
+    assert found["mce"] == found["relative_mce"] == pytest.approx(100)
+
+
+def test_the_command_writes_table_data_and_figure(run, capfd):
+    arguments = ("--config.families=contrast,brightness", "--config.severities=2,5")
+    record = told(run, *arguments, f"--config.baseline={run}")
+    out = capfd.readouterr().out
+    assert record["families"] == ["contrast", "brightness"]
+    assert record["severities"] == [2, 5]
+    assert record["constants"] == "cifar"
+    (row,) = record["runs"].values()
+    for cells in row["families"].values():
+        for cell in cells.values():
+            assert cell["of"] == IMAGES
+            assert cell["accuracy"] == cell["right"] / IMAGES
+            low, high = cell["interval_95"]
+            assert low <= cell["accuracy"] <= high
+    for name, error in row["mean_errors"].items():
+        accuracy = [cell["accuracy"] for cell in row["families"][name].values()]
+        assert error == pytest.approx(1 - np.mean(accuracy))
+    assert row["mce"] == pytest.approx(100)  # its own baseline
+    assert "contrast" in out
+    assert "relative CE" in out
+    assert "no corruption errors" not in out
+    assert (run / "corruptions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_runs_see_the_same_images_and_plain_means_are_said_to_be_plain(
+    run, tmp_path, capfd
+):
+    twin = tmp_path / "twin"
+    shutil.copytree(run, twin)
+    record = told(run, "--config.families=fog", "--config.severities=3", f"--config.runs={twin}")
+    here, there = record["runs"]["run"], record["runs"]["twin"]
+    assert here["families"] == there["families"]
+    assert "mce" not in here
+    assert "no corruption errors" in capfd.readouterr().out
+
+
+def test_frost_takes_photographs_or_is_left_out(run, tmp_path):
+    from PIL import Image as pillow
+
+    assert "frost" not in Corruptions().asked_families
+    assert Corruptions(frost="ice.png").asked_families == tuple(FAMILIES)
+    with pytest.raises(UsageError, match=r"config\.frost is missing"):
+        Corruptions(families="frost")
+    ice = np.full((60, 70, 3), [200, 220, 255], np.uint8)
+    for number in range(7):
+        pillow.fromarray(ice).save(tmp_path / f"{number}.png")
+    asked = Corruptions(families="frost", severities=5, frost=str(tmp_path), batch_size=IMAGES)
+    photographs = corruptions.frost_of(asked, "cifar")
+    assert photographs.sizes.tolist() == [[12, 14]] * 5
+    assert len(corruptions.measure(asked, opened(run))["run"]["frost", 5]) == IMAGES
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(UsageError, match=r"0\.png cannot be read"):
+        corruptions.frost_of(asked, "cifar")
+    with pytest.raises(UsageError, match="no such file"):
+        corruptions.frost_of(Corruptions(frost=str(tmp_path / "none")), "cifar")
+
+
+def published(folder, dataset, name, images, labels, shape=(8, 8, 1)):
+    """A folder of TFDS with one test split, as that of a family at one severity is."""
+    features = tfds_fixture.image_features(shape, [str(k) for k in range(10)])
+    pairs = list(zip(images, labels.tolist(), strict=True))
+    made = tfds_fixture.write(folder / "made", dataset, features, {"test": pairs})
+    (folder / dataset / name).mkdir(parents=True)
+    shutil.move(made, folder / dataset / name / "1.0.0")
+
+
+def test_published_images_are_read_from_folders_of_tfds(run, model, tmp_path):
+    experiment, variables = model
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (30, 8, 8, 1), np.uint8)
+    labels = draw.integers(0, 10, 30)
+    # Its name there differs from the paper's.
+    published(tmp_path, "cifar10_corrupted", "frosted_glass_blur_2", images, labels)
+    asked = Corruptions(
+        families="glass_blur", severities=2, published="tfds:cifar10_corrupted",
+        data_dir=str(tmp_path), batch_size=16,
+    )  # fmt: skip
+    seen = corruptions.measure(asked, opened(run))["run"]
+    logits = experiment.network.apply(variables, jnp.asarray(data.as_float(images)))[0]
+    assert len(seen["clean", 0]) == IMAGES
+    # TFDS shuffles, so by their number alone.
+    assert seen["glass_blur", 2].sum() == np.sum(np.argmax(logits, -1) == labels)
+    assert len(seen["glass_blur", 2]) == 30
+    missing = Corruptions(
+        families="fog", published="tfds:cifar10_corrupted", data_dir=str(tmp_path)
+    )
+    with pytest.raises(UsageError, match="cifar10_corrupted/fog_1 cannot be opened"):
+        corruptions.measure(missing, opened(run))
+    published(tmp_path / "large", "cifar10_corrupted", "fog_1", images.repeat(2, 1), labels,
+              (16, 8, 1))  # fmt: skip
+    large = Corruptions(families="fog", severities=1, published="tfds:cifar10_corrupted",
+                        data_dir=str(tmp_path / "large"))  # fmt: skip
+    with pytest.raises(UsageError, match=r"images \[16, 8, 1\] of 10 classes"):
+        corruptions.measure(large, opened(run))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--config.families=fogg"], "did you mean 'fog'"),
+        (["--config.families=fog,fog"], "each once"),
+        (["--config.severities=6"], "config.severities=6"),
+        (["--config.images=0"], "config.images=0"),
+        (["--config.constants=cifra"], "did you mean 'cifar'"),
+        (["--config.familys=fog"], "did you mean 'families'"),
+        (["--config.published=cifar10_corrupted"], "'tfds:NAME'"),
+        (["--config.baseline=alexnet", "--config.severities=3"], "AlexNet's errors are means"),
+        (["--config.baseline=alexnet"], "1,000 classes"),
+        (["--config.runs=nowhere"], "expected the folder of a run"),
+    ],
+)
+def test_mistakes_are_met_before_anything_is_measured(run, capfd, arguments, says):
+    with pytest.raises(SystemExit) as ended:
+        told(run, *arguments)
+    assert ended.value.code == 2
+    error = capfd.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
