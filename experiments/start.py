@@ -1,5 +1,7 @@
 """The weights that a defended classifier begins with, from other runs and from published files."""
 
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, evaluate, workdir
+from experiments import build, loading, workdir
 from rain_jax.checks import UsageError
 from rain_jax.defences.network import parts_of, with_parts
 from rain_jax.members import stacked
 from rain_jax.models import imports
 from rain_jax.parallel import Devices
 from rain_jax.types import PyTree, Variables
+
+_FILES = (".npz", ".pt", ".pth")
+# Where training scripts put the weights among what else they save.
+_INSIDE = ("state_dict", "model_state_dict", "model", "net", "last")
 
 
 def begun(experiment: build.Experiment, variables: PyTree, devices: Devices) -> PyTree:
@@ -35,45 +41,93 @@ def begun(experiment: build.Experiment, variables: PyTree, devices: Devices) -> 
 def _begun(experiment: build.Experiment, variables: PyTree, devices: Devices) -> PyTree:
     start = experiment.start
     if experiment.config["defence"] is None:
-        return _weights("config.start.classifier", str(start.classifier), variables, devices)
+        return _weights(
+            "config.start.classifier", str(start.classifier), variables, devices, experiment
+        )
     whole = parts_of(variables)
     for part, where in ("classifier", start.classifier), ("defence", start.defence):
         if where is not None:
             # A defence's fixed collections, such as tables, are what its section says.
             fixed = {k: v for k, v in whole[part].items() if k == "tables"}
             own = {k: v for k, v in whole[part].items() if k != "tables"}
-            whole[part] = {**_weights(f"config.start.{part}", where, own, devices), **fixed}
+            found = _weights(f"config.start.{part}", where, own, devices, experiment)
+            whole[part] = {**found, **fixed}
     return with_parts(variables, whole)
 
 
-def _weights(where: str, given: str, like: Variables, devices: Devices) -> Variables:
+def _weights(
+    where: str, given: str, like: Variables, devices: Devices, experiment: build.Experiment
+) -> Variables:
     """The variables in a run's folder or in a published file, checked against `like`."""
     path = Path(given)
-    if path.suffix == ".npz":
-        found: Variables = _published(where, path)
+    found: Variables
+    hint = ""
+    if path.suffix in _FILES:
+        arrays = _arrays(where, path)
+        if where.endswith("classifier"):
+            published = imports.resnet_from_torch(arrays)
+            _check_told(where, given, published, experiment.config["network"])
+            found, hint = published.variables, f"; the file's is {published.network}"
+        else:
+            # By what is in them: each family's names are its own.
+            imdn = "fea_conv.weight" in arrays
+            found = (imports.imdn_from_torch if imdn else imports.edsr_from_torch)(arrays)
     else:
         config = workdir.read_config(path)
         shapes = jax.eval_shape(lambda: like)
         # What an evaluation of that run would take: the best by its own validation, or the last.
         which = config.get("evaluation", {}).get("checkpoint", "best")
         average = bool(config.get("average"))
-        found, _ = evaluate.load_like(path, shapes, devices, average, which)
-    _check_alike(where, given, found, like)
+        found, _ = loading.load_like(path, shapes, devices, average, which)
+    _check_alike(where, given, found, like, hint)
     return jax.tree.map(jnp.asarray, found)
 
 
-def _published(where: str, path: Path) -> Variables:
+def _arrays(where: str, path: Path) -> Mapping[str, Any]:
+    """The state dictionary in a file, of NumPy arrays or of PyTorch's tensors."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = dict(file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}={str(path)!r}: expected an .npz of arrays ({error})") from None
-    # By what is in them: each family's names are its own.
-    read = imports.imdn_from_torch if "fea_conv.weight" in arrays else imports.edsr_from_torch
-    return read(arrays)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        import torch
+
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise UsageError(
+            f"{where}={str(path)!r}: expected PyTorch to be installed, which reads such files: "
+            "pip install 'rain_jax[torch]'"
+        ) from None
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{where}={str(path)!r}: expected a file of arrays ({reason})") from None
+    for name in _INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(hasattr(v, "shape") for v in found.values()):
+        raise UsageError(
+            f"{where}={str(path)!r}: expected a state dictionary, alone or under one of "
+            f"{', '.join(_INSIDE)}"
+        )
+    return found
 
 
-def _check_alike(where: str, given: str, found: Variables, like: Variables) -> None:
+def _check_told(
+    where: str, given: str, published: imports.Published, network: Mapping[str, Any]
+) -> None:
+    """Refuses a file that says something else than the config of what no array's shape tells."""
+    for option, default in {"mean": 0.0, "std": 1.0, "variant": "paper"}.items():
+        ours = network.get(option, default)
+        theirs = published.network.get(option, ours)
+        alike = ours == theirs
+        if option != "variant":
+            alike = np.size(ours) in (1, np.size(theirs)) and np.allclose(ours, theirs, atol=1e-4)
+        if not alike:
+            raise UsageError(
+                f"config.network.{option}={ours!r}: expected {theirs!r}, as in {where}={given!r}"
+            )
+
+
+def _check_alike(where: str, given: str, found: Variables, like: Variables, hint: str) -> None:
     shapes = {
         jax.tree_util.keystr(path): np.shape(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(like)
@@ -86,5 +140,5 @@ def _check_alike(where: str, given: str, found: Variables, like: Variables) -> N
         if shapes.get(name) != others.get(name):
             raise UsageError(
                 f"{where}={given!r}: {name} is {others.get(name)} there and {shapes.get(name)} "
-                "here: expected the weights of the network that the config describes"
+                f"here: expected the weights of the network that the config describes{hint}"
             )

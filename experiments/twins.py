@@ -31,7 +31,7 @@ def twin(network: Mapping[str, Any], variables: Variables) -> nn.Module:
     so that no attack spends time on their gradients.
     """
     name = one_of("network.name", network["name"], ("cnn", *_BLOCKS))
-    for option, known in ("dtype", "float32"), ("stem", "cifar"):
+    for option, known in ("dtype", "float32"), ("stem", "cifar"), ("variant", "paper"):
         if network.get(option, known) != known:
             raise UsageError(f"network.{option}={network[option]!r}: expected {known} for a twin")
     weights = _Weights(variables["params"], variables.get("batch_stats", {}))

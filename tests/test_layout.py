@@ -12,7 +12,7 @@ FLOORS = [
     ["losses", "norms", "gradients", "parallel", "members", "image",
      "models", "data", "schedules",
      "optimisers", "training", "checkpoints"],
-    ["attacks", "defences", "methods", "evaluation"],
+    ["attacks", "defences", "methods", "evaluation", "bridges"],
 ]  # fmt: skip
 # Within the tools, the few that lean on another one. Everything else on a floor is a stranger.
 NEIGHBOURS = {
@@ -29,6 +29,7 @@ DOORS = {
     "ml_collections": [],
     "matplotlib": [],
     "absl": ["checkpoints", "data"],
+    "torch": ["bridges"],
 }
 
 

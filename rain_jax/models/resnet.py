@@ -5,6 +5,13 @@ the original code, so that parameter counts are the standard ones. `remat=True` 
 enters each block for the backward pass and computes the rest again: less memory for one more
 forward pass. `modulation` is by a condition, see `models.conditional`: "film" after each batch
 normalisation, "float" in the kernel of each convolution.
+
+`variant` is for published weights of the pre-activation form: the same arrays mean other functions.
+"paper" normalises and activates before the average. "kuangliu" does not, as in
+kuangliu/pytorch-cifar; "fast" does not either, and takes the shortcut's convolution of the block's
+input as it is, as RobustBench has the networks of Fast is better than free (arXiv:2001.03994).
+"deepmind" is "paper" with halving convolutions padded at the bottom and on the right alone, as in
+DeepMind's networks (arXiv:2010.03593) and all that began with them.
 """
 
 from collections.abc import Callable
@@ -21,6 +28,9 @@ from rain_jax.models.network import network
 from rain_jax.types import Array, AxisName, Network
 
 Stem = Literal["cifar", "imagenet"]
+Variant = Literal["paper", "kuangliu", "fast", "deepmind"]
+
+_VARIANTS = ("paper", "kuangliu", "fast", "deepmind")
 
 
 def resnet18(
@@ -94,6 +104,7 @@ def preact_resnet(
     depths: tuple[int, ...] = (1, 1, 1),
     width: int = 16,
     modulation: Modulation = "none",
+    variant: Variant = "paper",
 ) -> Network:
     """Pre-activation ResNet (He et al., arXiv:1603.05027) of any depth and width.
 
@@ -112,6 +123,7 @@ def preact_resnet(
         dtype,
         remat,
         modulation,
+        variant,
         mean=mean,
         std=std,
     )
@@ -126,6 +138,7 @@ def preact_resnet18(
     dtype: Dtype = "float32",
     remat: bool = False,
     modulation: Modulation = "none",
+    variant: Variant = "paper",
 ) -> Network:
     """PreAct ResNet-18 (He et al., arXiv:1603.05027): 11,172,170 parameters for 10 classes.
 
@@ -143,6 +156,7 @@ def preact_resnet18(
         depths=(2, 2, 2, 2),
         width=64,
         modulation=modulation,
+        variant=variant,
     )
 
 
@@ -157,6 +171,7 @@ def wide_resnet(
     depth: int = 28,
     width: int = 10,
     modulation: Modulation = "none",
+    variant: Variant = "paper",
 ) -> Network:
     """WRN-`depth`-`width` (Zagoruyko & Komodakis, arXiv:1605.07146), without dropout.
 
@@ -180,6 +195,7 @@ def wide_resnet(
         dtype,
         remat,
         modulation,
+        variant,
         mean=mean,
         std=std,
     )
@@ -241,9 +257,10 @@ class _Block(nn.Module):
     conv: Callable[..., Any]
     norm: Callable[..., Any]
     activation: Callable[[Array], Array]
+    variant: str = "paper"
 
     def conv3x3(self, stride: int, name: str) -> Any:
-        pad = ((1, 1), (1, 1))
+        pad = ((0, 1), (0, 1)) if self.variant == "deepmind" and stride == 2 else ((1, 1), (1, 1))
         return self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
 
     def conv1x1(self, width: int, stride: int, name: str) -> Any:
@@ -285,14 +302,17 @@ class Bottleneck(_Block):
 class PreActBlock(_Block):
     """Normalise, activate, convolve, twice.
 
-    Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input, or of the
+    input itself in the variant "fast".
     """
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         ready = self.activation(self.norm(name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.conv1x1(self.width, self.stride, "shortcut")(ready)
+            x = self.conv1x1(self.width, self.stride, "shortcut")(
+                x if self.variant == "fast" else ready
+            )
         y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv1")(ready))
         return x + self.conv3x3(1, "conv2")(self.activation(y))
 
@@ -313,6 +333,7 @@ class ResNet(nn.Module):
     dtype: Any
     stem: Stem = "cifar"
     preact: bool = False
+    variant: str = "paper"
     remat: bool = False
     modulation: str = "none"
     axis_name: AxisName = None
@@ -339,8 +360,8 @@ class ResNet(nn.Module):
                 stride = 2 if group > 1 and place == 1 else 1
                 # Named here, since `nn.remat` would otherwise name its blocks differently.
                 name = f"group{group}_block{place}"
-                x = block(width, stride, conv, norm, self.activation, name=name)(x)
-        if self.preact:
+                x = block(width, stride, conv, norm, self.activation, self.variant, name=name)(x)
+        if self.preact and self.variant in ("paper", "deepmind"):
             x = self.activation(norm(name="last_norm")(x))
         return layers.classify(layers.global_average(x), self.classes)
 
@@ -382,6 +403,7 @@ def _preact_resnet(
     dtype: str,
     remat: bool,
     modulation: str,
+    variant: str,
     *,
     mean: PerChannel,
     std: PerChannel,
@@ -395,6 +417,7 @@ def _preact_resnet(
         layers.activation_function(activation),
         layers.compute_dtype(dtype),
         preact=True,
+        variant=one_of("variant", variant, _VARIANTS),
         remat=remat,
         modulation=one_of("modulation", modulation, MODULATIONS),
     )
