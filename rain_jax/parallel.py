@@ -5,6 +5,7 @@ sums and counts. `Devices.map` runs it on every device of a one-axis mesh, over 
 either the same everywhere or split along their first axis.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -62,9 +63,39 @@ class Devices(NamedTuple):
     to_local: Callable[[PyTree], PyTree]  # and back to what `map` takes
 
 
-def choose_devices(count: int | None = None) -> list[jax.Device]:
-    """The first `count` devices, all of them without it; fewer is a matter of one process."""
+# More CPU devices than this are not made without being asked for: nobody has measured them.
+_MOST_CORES = 16
+
+
+def _devices_asked_for() -> bool:
+    """Whether the environment says how many CPU devices there are."""
+    return "device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
+
+
+def share_cores() -> None:
+    """Makes a CPU device of each core, unless the environment says how many there are.
+
+    One CPU device runs the small operations of an attack on one core, and leaves the others idle.
+    Where there is an accelerator nothing changes: CPU devices are not its. To be called before
+    anything else touches a device; afterwards it does nothing.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if _devices_asked_for() or not cores:
+        return
+    with contextlib.suppress(RuntimeError):  # the devices are there already
+        jax.config.update("jax_num_cpu_devices", min(cores, _MOST_CORES))
+
+
+def choose_devices(count: int | None = None, *, training: bool = False) -> list[jax.Device]:
+    """The first `count` devices, all of them without it; fewer is a matter of one process.
+
+    For `training` on CPU, all of them are one, unless the environment says how many there are: sums
+    over devices round otherwise than sums on one, and a run should not turn on the machine's cores.
+    """
     devices = jax.devices()
+    alone = training and devices[0].platform == "cpu" and jax.process_count() == 1
+    if count is None and alone and not _devices_asked_for():
+        return devices[:1]
     if count is None or count == len(devices):
         return devices
     if not 1 <= count <= len(devices):
@@ -211,7 +242,7 @@ def _gather(tree: PyTree) -> PyTree:
 
 
 def initialise() -> None:
-    """Joins the other processes where the environment says that there are any; else does nothing.
+    """Joins the other processes where the environment says that there are any; else `share_cores`.
 
     Clusters that JAX knows (TPU pods, SLURM, Open MPI) are found by `jax.distributed` itself when
     `RAIN_JAX_DISTRIBUTED=1`; elsewhere `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
@@ -232,6 +263,8 @@ def initialise() -> None:
         jax.distributed.initialize(address, number, place)
     elif os.environ.get("RAIN_JAX_DISTRIBUTED") == "1":
         jax.distributed.initialize()
+    else:
+        share_cores()
     try:
         jax.devices()
     except RuntimeError as error:  # JAX_PLATFORMS names what is not here

@@ -1,5 +1,10 @@
 """Programs over devices: both mappings, the same sums, and refusals."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 from rain_jax.checks import UsageError
 from rain_jax.parallel import check_batch_size, choose_devices, image_keys, place, psum
 
+ROOT = Path(__file__).resolve().parents[1]
 MAPPINGS = pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
 
 
@@ -77,3 +83,30 @@ def test_refusals():
         choose_devices(9)
     with pytest.raises(UsageError, match="did you mean 'shard_map'"):
         place("shardmap")
+
+
+SHARED = """
+import jax
+from rain_jax.parallel import choose_devices, initialise
+initialise()
+initialise()  # afterwards it does nothing
+print(len(jax.devices()), len(choose_devices()), len(choose_devices(training=True)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "everywhere", "training"),
+    [({}, "cores", 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 3, 3),
+     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5, 5)],
+)  # fmt: skip
+def test_a_cpu_device_for_each_core_that_training_does_not_turn_on(
+    environment, everywhere, training
+):
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    said = subprocess.run(
+        [sys.executable, "-c", SHARED], capture_output=True, text=True, check=True,
+        env={**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+    if everywhere == "cores":
+        everywhere = min(16, len(os.sched_getaffinity(0)))
+    assert said.stdout.split() == [str(everywhere), str(everywhere), str(training)]
