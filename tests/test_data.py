@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -817,3 +818,122 @@ def test_a_random_crop_of_a_flat_image_is_flat():
     flat = np.full((30, 40, 3), 77, np.uint8)
     found = random_resized_crop(np.random.default_rng(0), flat, (16, 16), (0.1, 1.0))
     np.testing.assert_array_equal(found, np.full((16, 16, 3), 77))
+
+
+# Extra images
+
+
+def two_sources(size=53, more=29, fraction=0.6):
+    """A source with extra images: images of the two kinds are told apart by their pixels."""
+    image, label = noise(size)
+    others, their = noise(more, seed=1)
+    train = data.from_arrays(image, label, name="real")
+    return train._replace(
+        extra=data.Extra(data.from_arrays(others, their, name="made", classes=4), fraction)
+    )
+
+
+def assert_shared(batches, source, each):
+    """Every batch has `each` extra images, and is what its indices say; no image comes twice."""
+    images, labels = data.pooled(source)
+    for batch in batches:
+        assert np.sum(batch.index >= source.size) == each
+        assert len(set(np.asarray(batch.index).tolist())) == len(batch.index)
+        np.testing.assert_array_equal(batch.image, images[batch.index])
+        np.testing.assert_array_equal(batch.label, labels[batch.index])
+        assert np.all(batch.valid)
+
+
+@pytest.mark.parametrize("fraction, each", [(0.6, 6), (0.25, 2), (0.9, 9), (0.7, 7)])
+def test_every_batch_of_a_stream_has_its_share_of_extra_images(fraction, each):
+    source = two_sources(fraction=fraction)
+    batches = some(data.stream(source, 10, seed=3), 12)
+    assert_shared(batches, source, each)
+    # Both kinds are gone through before any of them comes again.
+    for begin, size, count in ((0, 53, 10 - each), (53, 29, each)):
+        steps = size // count
+        index = np.concatenate([batch.index for batch in batches[:steps]])
+        mine = index[(index >= begin) & (index < begin + size)]
+        assert len(set(mine.tolist())) == len(mine) == min(steps, 12) * count
+
+
+def test_a_stream_with_extra_images_goes_on_and_is_split_as_without():
+    source = two_sources()
+    whole = some(data.stream(source, 10, seed=3), 9)
+    for first_step in (1, 7):
+        part = some(data.stream(source, 10, seed=3, first_step=first_step), 2)
+        assert_same(part, whole[first_step : first_step + 2])
+    halves = [
+        some(data.stream(source, 10, seed=3, process_index=p, process_count=2), 9) for p in (0, 1)
+    ]
+    joined = [
+        jax.tree.map(lambda *part: np.concatenate(part), *pair)
+        for pair in zip(*halves, strict=True)
+    ]
+    assert_same(joined, whole)
+    # Each process has its part of both kinds.
+    assert all(np.sum(batch.index >= 53) == 3 for half in halves for batch in half)
+    # What is mixed in does not change the order of what it is mixed into.
+    other = two_sources(more=40)
+    real = [batch.index[batch.index < 53] for batch in whole]
+    again = [b.index[b.index < 53] for b in some(data.stream(other, 10, seed=3), 9)]
+    np.testing.assert_array_equal(real, again)
+
+
+@pytest.mark.parametrize("fraction, each", [(0.6, 6), (0.9, 9)])
+def test_epochs_on_the_device_share_their_batches_too(key, fraction, each):
+    """The batches are those of one endless sequence, cut anywhere into epochs."""
+    source = two_sources(fraction=fraction)
+    parts = data.parts_of(source, 10)
+    assert [part.share for part in parts] == [10 - each, each]
+    order = jax.jit(data.shared_order, static_argnames=("parts", "steps"))
+    whole = np.asarray(order(key, 0, parts=parts, steps=15))
+    assert whole.dtype == np.int32
+    epochs = [order(key, epoch, parts=parts, steps=5) for epoch in range(3)]
+    np.testing.assert_array_equal(np.concatenate(epochs), whole)
+    batches = whole.reshape(15, 10)
+    assert np.all(np.sum(batches >= 53, axis=1) == each)
+    for begin, size, count in ((0, 53, 10 - each), (53, 29, each)):
+        mine = batches[(batches >= begin) & (batches < begin + size)].reshape(15, count)
+        steps = min(15, size // count)
+        assert len(set(mine[:steps].ravel().tolist())) == steps * count
+        if size // count < 15:
+            assert set(mine[steps : 2 * steps].ravel()) & set(mine[:steps].ravel())
+    # Any part of a batch has its share, within one.
+    for devices in (2, 5):
+        shares = np.sum(batches.reshape(15, devices, -1) >= 53, axis=2)
+        assert np.all(np.abs(shares - each / devices) < 1)
+
+
+def test_extra_images_come_from_a_file_and_are_checked(tmp_path, npz):
+    image, label = noise(7, seed=5)
+
+    def written(**arrays):
+        path = tmp_path / "extra.npz"
+        np.savez(path, **arrays)
+        return f"arrays:{path}"
+
+    whole = f"arrays:{npz()}"
+    good = written(image=image, label=label)
+    train, valid, test = data.load(whole, holdout=4, extra=good, extra_fraction=0.25)
+    assert train.extra is not None
+    assert (train.size, train.extra.fraction) == (26, 0.25)
+    np.testing.assert_array_equal(data.resident(train.extra.source)[0], image)
+    np.testing.assert_array_equal(data.pooled(train)[1][26:], label)
+    # What is held out, tested and trained on beside them is what it is without them.
+    plain = data.load(whole, holdout=4)
+    for one, other in zip((train, valid, test), plain, strict=True):
+        np.testing.assert_array_equal(data.resident(one)[0], data.resident(other)[0])
+    assert valid.extra is test.extra is plain.train.extra is None
+
+    refuses = partial(refused, data.load, whole)
+    refuses(extra="tfds:mnist", says=["extra='tfds:mnist'", "arrays:FILE.npz"])
+    refuses(extra=f"arrays:{tmp_path / 'non.npz'}", says=["non.npz", "no such file"])
+    refuses(extra=good, extra_fraction=1.0, says=["extra_fraction=1.0"])
+    small = written(image=image[:, :4], label=label)
+    refuses(extra=small, says=["extra.npz", "(4, 6, 3) uint8", "(8, 6, 3) uint8"])
+    refuses(extra=written(image=image / 255, label=label), says=["float32", "(8, 6, 3) uint8"])
+    refuses(extra=written(image=image, labels=label), says=["no label", "did you mean 'labels'"])
+    refuses(extra=written(image=image, label=label + 9), says=["label", "[0, 4)"])
+    refused(data.parts_of, two_sources(fraction=0.01), 10, says=["extra_fraction=0.01", "of 10"])
+    refused(data.parts_of, two_sources(more=5), 10, says=["batch_size=10", "5 images of made"])

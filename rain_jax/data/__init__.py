@@ -7,11 +7,20 @@ are imported where they are used and nowhere else in the package.
 """
 
 from rain_jax.data.augment import augment
-from rain_jax.data.feeds import as_float, epoch_order, evaluation_batches, stream, take
+from rain_jax.data.feeds import (
+    as_float,
+    epoch_order,
+    evaluation_batches,
+    parts_of,
+    shared_order,
+    stream,
+    take,
+)
 from rain_jax.data.load import load
-from rain_jax.data.source import Source, Splits, first, from_arrays, resident
+from rain_jax.data.source import Extra, Source, Splits, first, from_arrays, pooled, resident
 
 __all__ = [
+    "Extra",
     "Source",
     "Splits",
     "as_float",
@@ -21,7 +30,10 @@ __all__ = [
     "first",
     "from_arrays",
     "load",
+    "parts_of",
+    "pooled",
     "resident",
+    "shared_order",
     "stream",
     "take",
 ]

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from rain_jax.types import Array, Batch, Key
 
 ENDLESS = 2**62  # steps
 # What a generator draws for: streams of one Philox key that never overlap.
-ORDER, CROP = 0, 1
+ORDER, CROP, EXTRA_ORDER = 0, 1, 2
 
 
 def as_float(image: Any) -> Any:
@@ -41,6 +41,74 @@ def epoch_order(key: Key, epoch: Any, size: int) -> Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), size).astype(jnp.int32)
 
 
+class Part(NamedTuple):
+    """Images that have a share of every batch, and are gone through at their own pace."""
+
+    size: int
+    share: int  # of each batch, in images
+    begin: int  # the index of the first of them, which is behind all of the part before
+
+    @property
+    def steps(self) -> int:
+        """How many batches see each image once, but for the last size % share."""
+        return self.size // self.share
+
+
+def parts_of(source: Source, batch_size: int) -> tuple[Part, ...]:
+    """The source's own images, and the extra ones beside them: `fraction` of a batch, rounded.
+
+    Raises `UsageError` where a batch would hold none of one kind, or more than there are.
+    """
+    if source.extra is None:
+        return (Part(source.size, batch_size, 0),)
+    more, fraction = source.extra
+    count = round(fraction * batch_size)
+    if not 0 < count < batch_size:
+        raise UsageError(
+            f"extra_fraction={fraction:g}: expected images of both kinds in a batch of "
+            f"{batch_size}: {count} of them would be extra ones"
+        )
+    for name, size, needed in (
+        (source.name, source.size, batch_size - count), (more.name, more.size, count)
+    ):  # fmt: skip
+        if needed > size:
+            raise UsageError(
+                f"batch_size={batch_size}: expected at most {size} images of {name} in a batch, "
+                f"which are {needed}"
+            )
+    return Part(source.size, batch_size - count, 0), Part(more.size, count, source.size)
+
+
+def seats(parts: tuple[Part, ...]) -> np.ndarray:
+    """Which row of the parts, one after the other, sits at each place [B] of a batch.
+
+    Extra images are spread over it, so that every device gets its share of them, within one.
+    """
+    total, extra = sum(part.share for part in parts), sum(part.share for part in parts[1:])
+    so_far = np.arange(total + 1) * extra // total
+    taken = np.diff(so_far)
+    return np.where(taken, total - extra + so_far[:-1], np.arange(total) - so_far[:-1])
+
+
+def shared_order(key: Key, epoch: Any, parts: tuple[Part, ...], steps: int) -> Array:
+    """The indices [steps * B] int32 of the batches of one epoch of `steps`, one after the other.
+
+    As `epoch_order`, a function of `key` and `epoch` alone, for batches that parts share. A part
+    goes through a permutation of its own images and then through another one, whatever `steps`.
+    """
+    number = epoch * steps + jnp.arange(steps)
+    columns = []
+    for own, part in enumerate(parts):
+        first = epoch * steps // part.steps
+        # As many passes as an epoch can touch.
+        passes = first + jnp.arange(-(-steps // part.steps) + 1)
+        order = functools.partial(epoch_order, jax.random.fold_in(key, own), size=part.size)
+        orders = jax.vmap(order)(passes)
+        rows = (number % part.steps * part.share)[:, None] + jnp.arange(part.share)[None]
+        columns.append(part.begin + orders[(number // part.steps - first)[:, None], rows])
+    return jnp.concatenate(columns, axis=1)[:, seats(parts)].reshape(-1)
+
+
 def take(images: Array, labels: Array, order: Array, position: Any, batch_size: int) -> Batch:
     """The batch number `position` of an epoch, gathered from arrays on the device.
 
@@ -58,27 +126,30 @@ def take(images: Array, labels: Array, order: Array, position: Any, batch_size: 
     return Batch(as_float(image), label, index, jnp.ones(batch_size, bool))
 
 
-def evaluation_batches(source: Source, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    source: Source, batch_size: int, places: np.ndarray | None = None
+) -> Iterator[Batch]:
     """Every image of the source exactly once, in order, in batches of one shape.
 
-    NumPy arrays, images as the source gives them. The last batch is filled up with black images
-    of label 0 that are not `valid` and whose `index` goes on counting.
+    With `places`, whole numbers [N] below `source.size`, those alone, in the order given. NumPy
+    arrays, images as the source gives them. The last batch is filled up with black images of label
+    0 that are not `valid` and whose `index` goes on counting behind the source's end.
     """
     _check_batch_size(batch_size)
-    return _in_order(source, batch_size)
+    return _in_order(source, batch_size, np.arange(source.size) if places is None else places)
 
 
-def _in_order(source: Source, batch_size: int) -> Iterator[Batch]:
+def _in_order(source: Source, batch_size: int, places: np.ndarray) -> Iterator[Batch]:
     with reading_threads() as pool:
-        for start in range(0, source.size, batch_size):
-            count = min(batch_size, source.size - start)
-            image, label = read_many(source, range(start, start + count), pool)
-            padding = batch_size - count
+        for start in range(0, len(places), batch_size):
+            index = places[start : start + batch_size]
+            image, label = read_many(source, index.tolist(), pool)
+            padding = batch_size - len(index)
             yield _batch(
                 np.pad(image, ((0, padding), (0, 0), (0, 0), (0, 0))),
                 np.pad(label, (0, padding)),
-                np.arange(start, start + batch_size),
-                np.arange(batch_size) < count,
+                np.concatenate([index, source.size + np.arange(padding)]),
+                np.arange(batch_size) < len(index),
             )
 
 
@@ -99,7 +170,9 @@ def stream(
     The batch of step k is a pure function of (source, batch_size, seed, crop, k): whatever
     `first_step`, `workers` and `prefetch` are, so a run that was killed goes on as if it had not
     been. Every epoch is a new permutation of the source; the last size % batch_size images of it
-    are left out, others in each epoch.
+    are left out, others in each epoch. A source with extra images leaves them their share of each
+    batch, see `parts_of`, and both go through permutations of their own; the index of an extra
+    image counts on behind the source's.
 
     `batch_size` is that of all processes together; each gets `batch_size / process_count` images,
     and the slices of processes 0, 1, .. one after the other are the batch of a single process.
@@ -112,8 +185,9 @@ def stream(
     `if __name__ == "__main__":`. Raises `UsageError` for numbers out of range.
     """
     _check_batch_size(batch_size)
-    if batch_size > source.size:
+    if batch_size > source.size and source.extra is None:
         raise UsageError(f"batch_size={batch_size}: expected at most {source.size} images")
+    parts_of(source, batch_size)
     within("seed", seed, 0, below=2**63)
     within("first_step", first_step, 0, below=ENDLESS)
     within("workers", workers, 0)
@@ -171,25 +245,33 @@ class _StepReader:
     crop: tuple[float, float] | None
 
     def __call__(self, step: int) -> Batch:
-        epoch, position = divmod(int(step), self.source.size // self.batch_size)
-        order = _stream_order(self.seed, epoch, self.source.size)
-        start = position * self.batch_size + self.offset
-        places = order[start : start + self.count]
-        pairs = [self._read(int(place), epoch) for place in places]
+        parts = parts_of(self.source, self.batch_size)
+        found = []
+        for part, purpose in zip(parts, (ORDER, EXTRA_ORDER), strict=False):
+            epoch, position = divmod(int(step), part.steps)
+            order = _stream_order(self.seed, epoch, part.size, purpose)
+            places = order[position * part.share : (position + 1) * part.share]
+            found += [(part.begin + int(place), epoch) for place in places]
+        own = seats(parts)[self.offset : self.offset + self.count]
+        pairs = [self._read(*found[row]) for row in own]
         image, label = np.stack([i for i, _ in pairs]), np.array([k for _, k in pairs])
-        return _batch(image, label, places, np.ones(self.count, bool))
+        index = np.array([found[row][0] for row in own])
+        return _batch(image, label, index, np.ones(self.count, bool))
 
-    def _read(self, place: int, epoch: int) -> tuple[np.ndarray, int]:
+    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, int]:
+        source, place = self.source, index
+        if source.extra is not None and index >= source.size:
+            source, place = source.extra.source, index - source.size
         if self.crop is None:
-            return self.source.read(place)
-        image, label = (self.source.original or self.source.read)(place)
-        draw = _generator(self.seed, epoch, place, CROP)
-        return random_resized_crop(draw, image, self.source.shape[:2], self.crop), label
+            return source.read(place)
+        image, label = (source.original or source.read)(place)
+        draw = _generator(self.seed, epoch, index, CROP)
+        return random_resized_crop(draw, image, source.shape[:2], self.crop), label
 
 
-@functools.lru_cache(maxsize=2)  # threads at work on either side of an epoch's end
-def _stream_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return _generator(seed, epoch, 0, ORDER).permutation(size)
+@functools.lru_cache(maxsize=4)  # threads at work on either side of an epoch's end
+def _stream_order(seed: int, epoch: int, size: int, purpose: int) -> np.ndarray:
+    return _generator(seed, epoch, 0, purpose).permutation(size)
 
 
 def _generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:

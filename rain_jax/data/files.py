@@ -18,17 +18,16 @@ SUFFIXES = frozenset(
 )
 
 
-def from_npz(file: str) -> Splits:
+def _stored(file: str, wanted: Sequence[str]) -> tuple[Path, set[str], dict[str, np.ndarray]]:
+    """The path of an .npz, the names of all its arrays, and those `wanted` that it has."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"arrays:{file}: no such file: expected an .npz{_neighbours(path)}")
-    required = ("train_image", "train_label", "test_image", "test_label")
     try:
         # np.load would return the array of an .npy, and refuse an unreadable file in many ways.
         with open(path, "rb") as content, np.load(content, allow_pickle=False) as archive:
             keys = set(archive.files)
-            wanted = (*required, "valid_image", "valid_label", "class_names")
-            stored = {key: archive[key] for key in wanted if key in keys}
+            return path, keys, {key: archive[key] for key in wanted if key in keys}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zlib.error) as error:
         raise UsageError(
             f"{path}: not a readable .npz: expected one by np.savez ({one_line(error)})"
@@ -37,6 +36,32 @@ def from_npz(file: str) -> Splits:
         raise UsageError(
             f"{path}: damaged .npz: expected one by np.savez ({one_line(error)})"
         ) from error
+
+
+def extra_from_npz(file: str, like: Source) -> Source:
+    """The arrays `image` and `label` of a file, which must be as the images of `like` are."""
+    path, keys, stored = _stored(file, ("image", "label"))
+    for key in ("image", "label"):
+        if key not in stored:
+            raise UsageError(
+                f"{path}: no {key} among {', '.join(sorted(keys)) or 'nothing'}: expected image, "
+                f"label{nearest(key, keys)}"
+            )
+    names = like.class_names
+    source = from_arrays(stored["image"], stored["label"], name=str(path), class_names=names)
+    ours, theirs = (like.shape, like.read(0)[0].dtype), (source.shape, source.read(0)[0].dtype)
+    if theirs != ours:
+        raise UsageError(
+            f"{path}: image has images of {theirs[0]} {theirs[1]}: expected {ours[0]} {ours[1]} as "
+            f"in {like.name}"
+        )
+    return source
+
+
+def from_npz(file: str) -> Splits:
+    required = ("train_image", "train_label", "test_image", "test_label")
+    wanted = (*required, "valid_image", "valid_label", "class_names")
+    path, keys, stored = _stored(file, wanted)
     parts = ["train", "test"] + ["valid"] * ("valid_image" in stored or "valid_label" in stored)
     for part in parts:
         for key in (f"{part}_image", f"{part}_label"):

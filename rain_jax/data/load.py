@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 from rain_jax.checks import UsageError, nearest, within
-from rain_jax.data.files import from_folder, from_npz
-from rain_jax.data.source import Splits, draw, from_arrays, limited, resized, subset
+from rain_jax.data.files import extra_from_npz, from_folder, from_npz
+from rain_jax.data.source import Extra, Splits, draw, from_arrays, limited, resized, subset
 from rain_jax.data.tfds import from_tfds
 
 KINDS = ("digits", "tfds:NAME", "arrays:FILE.npz", "folder:PATH")
@@ -21,6 +21,8 @@ def load(
     resize: int | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
+    extra: str | None = None,
+    extra_fraction: float = 0.7,
 ) -> Splits:
     """Opens a data set.
 
@@ -47,6 +49,13 @@ def load(
     keep that many images at most: the first ones, or in a folder, whose order is class by class,
     evenly spaced ones.
 
+    `extra` = `"arrays:FILE.npz"` mixes the images of a file into the training batches, in each of
+    which they are `extra_fraction`, rounded: `image` [N, H, W, C] and `label` [N], of the shape,
+    type and classes of the training images, as generated ones are published (Gowal et al.,
+    arXiv:2110.09468, Wang et al., arXiv:2302.04638). Epochs are counted as theirs are, by the
+    number of the data set's own images, which are then seen less often. What is held out, and
+    tested on, is never mixed. The file is read into memory as it is.
+
     Raises `UsageError` for an unknown name, a data set that is not there or not prepared, a
     damaged file, images without labels, and numbers out of range.
     """
@@ -58,6 +67,9 @@ def load(
             raise UsageError(f"{where}={value!r}: expected a whole number")
         if value is not None:
             within(where, value, 0 if where == "holdout" else 1)
+    within("extra_fraction", extra_fraction, above=0.0, below=1.0)
+    if extra is not None and not extra.startswith("arrays:"):
+        raise UsageError(f"extra={extra!r}: expected arrays:FILE.npz")
     if name == "digits":
         splits = from_digits()
     elif kind == "tfds" and rest:
@@ -88,6 +100,9 @@ def load(
     if resize is not None and kind not in ("tfds", "folder"):
         train, test = resized(train, resize, resize), resized(test, resize, resize)
         valid = None if valid is None else resized(valid, resize, resize)
+    if extra is not None:
+        more = extra_from_npz(extra.removeprefix("arrays:"), like=train)
+        train = train._replace(extra=Extra(more, extra_fraction))
     return Splits(train, valid, test)
 
 

@@ -33,6 +33,14 @@ class Source(NamedTuple):
     read: Read
     arrays: tuple[np.ndarray, np.ndarray] | None = None  # where they are in memory already
     original: Read | None = None  # before `resize`, where there was one: for random crops
+    extra: "Extra | None" = None  # what shares the batches that training makes of them
+
+
+class Extra(NamedTuple):
+    """Further labelled images, generated ones for example, that training mixes in."""
+
+    source: Source
+    fraction: float  # of each batch
 
 
 class Splits(NamedTuple):
@@ -106,6 +114,14 @@ def resident(source: Source) -> tuple[np.ndarray, np.ndarray]:
         return source.arrays
     with reading_threads() as pool:
         return read_many(source, range(source.size), pool)
+
+
+def pooled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """As `resident`, with the extra images behind the source's own, where it has some."""
+    if source.extra is None:
+        return resident(source)
+    (images, labels), (more, others) = resident(source), resident(source.extra.source)
+    return np.concatenate([images, more]), np.concatenate([labels, others])
 
 
 def first(source: Source, count: int | None) -> Source:

@@ -1,0 +1,52 @@
+"""Training methods on CIFAR-10 at L-inf 8/255, one row of a table each, for two CPU cores.
+
+    for method in natural pgd_at trades mart sense sense_trade fat fast n_fgsm grad_align free awp \
+            trades_awp afd pgd_at_jpeg; do
+        python -m experiments.train --config=experiments/configs/methods/cifar10.py:$method \
+            --workdir=runs/methods/cifar10/$method
+    done
+
+The network of `cifar10_small.py`, five epochs, attacks of four steps. As on MNIST rows differ in
+their method alone, the last checkpoint is taken, and the budgets are ours: for the papers' own see
+`cifar10_resnet18.py` beside this file. `pgd_at_jpeg` trains through JPEG, and is attacked through
+it, in training and after. Evaluated on the first 1,000 test images under PGD-50 with 2 restarts,
+targeted APGD (50 steps for each of 9 classes) and Square (1,000 queries). For other seeds
+`--config.seed=1`; for SENSE's trade-off `--config.method.threshold=0.3` (the paper's c), for that
+of TRADES `--config.method.beta=3`, for AFD's `--config.evaluation.condition=0.5` of
+`experiments.evaluate`. Any defence goes in front of any method: `--config.defence.name=jpeg`.
+Results: not measured yet.
+"""
+
+import ml_collections
+
+from experiments.build import config
+from experiments.recipes import cifar10_small, method_rows, row, with_changes
+
+EPOCHS = 5
+ROWS = method_rows(radius=8 / 255, steps=4, step_size=4 / 255, epochs=EPOCHS)
+ROWS["pgd_at_jpeg"] = {**ROWS["pgd_at"], "defence": dict(name="jpeg", quality=75)}
+TEXTS = tuple(ROWS)
+
+
+def get_config(name: str = "pgd_at") -> ml_collections.ConfigDict:
+    """The row called `name`: a ResNet-8 of width 16."""
+    sections = dict(
+        seed=0,
+        **cifar10_small(),
+        optimiser=dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4),
+        schedule=dict(name="one_cycle", peak=0.2),
+        average=dict(decay=0.995),
+        training=dict(epochs=EPOCHS, batch_size=128),
+        checkpoints=dict(every_epochs=0.5, keep_best=False),
+        evaluation=dict(
+            batch_size=250,
+            images=1000,
+            checkpoint="latest",
+            attacks=dict(
+                pgd50=dict(name="pgd", steps=50, step_size=2 / 255, restarts=2),
+                apgd_t=dict(name="apgd_t", steps=50),
+                square=dict(name="square", queries=1000),
+            ),
+        ),
+    )
+    return config(**with_changes(sections, row(ROWS, name)))
