@@ -1,6 +1,17 @@
-"""What a run shows at its end: a table, and a figure of images, perturbations and predictions."""
+"""What runs show: a table and figures at the end of each, and a report of several.
 
+    python -m experiments.report runs/mnist runs/cifar10_small --out=report
+
+The report is one HTML page, `index.html`, that opens from disk and needs no network: tables,
+curves, images, spectra, confusion and cost of what the runs' folders hold, with what is missing and
+where it all came from. Beside it lies everything shown as CSV and LaTeX, and every figure as PNG
+and SVG.
+"""
+
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +19,7 @@ import numpy as np
 
 from experiments.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS
 from experiments.logs import table
+from rain_jax.checks import UsageError
 from rain_jax.evaluation import Proportion
 
 # Columns that fit on a line of the table.
@@ -20,6 +32,7 @@ class Row(NamedTuple):
     model: str
     columns: dict[str, Proportion]
     notes: tuple[str, ...] = ()  # lines below the table
+    flagged: bool = False  # whether a check says that its attacks may have failed
 
 
 def percent(value: Proportion) -> str:
@@ -34,7 +47,7 @@ def results_table(rows: list[Row]) -> str:
     The other way round where there are more attacks than fit on a line.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
-    cells = [[percent(row.columns[n]) if n in row.columns else "" for n in names] for row in rows]
+    cells = [[_cell(row, name) for name in names] for row in rows]
     if len(names) <= WIDE:
         drawn = table([[row.model, *line] for row, line in zip(rows, cells, strict=True)],
                       ["model", *names])  # fmt: skip
@@ -44,6 +57,13 @@ def results_table(rows: list[Row]) -> str:
                       ["attack", *(row.model for row in rows)])  # fmt: skip
     notes = [f"{row.model}: {note}" for row in rows for note in row.notes]
     return "\n".join([drawn, *([""] if notes else []), *notes])
+
+
+def _cell(row: Row, name: str) -> str:
+    """A figure, with a mark where it may say too much."""
+    if name not in row.columns:
+        return ""
+    return percent(row.columns[name]) + (" !" if row.flagged and name != "clean" else "")
 
 
 class Sample(NamedTuple):
@@ -189,3 +209,35 @@ def ladder_figure(path: Path, record: dict[str, Any]) -> None:
         axes[0, 1].legend(fontsize=8)
     drawn.savefig(path, dpi=130)
     plt.close(drawn)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the report that the command line asks for."""
+    from experiments.pages import load, page
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write into")
+    asked = parser.parse_args(argv)
+    runs = load.load(asked.runs)
+    if asked.out.resolve() in [run.resolve() for run in asked.runs]:
+        raise UsageError(f"--out={asked.out} is the folder of a run: expected another one")
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        written = page.write(runs, asked.out)
+    except OSError as error:
+        raise UsageError(f"--out={asked.out}: cannot be written ({error.strerror})") from None
+    for run in runs:
+        print(f"{run.name}: {'; '.join(run.flags) or 'no flags'}")
+    print(f"{written} opens in any browser", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
