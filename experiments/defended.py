@@ -5,6 +5,9 @@ that they begin with.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from experiments import settings
 from experiments.schema import make
 from rain_jax import defences, evaluation, models
@@ -129,6 +132,18 @@ def _votes(group: settings.Ensemble | None) -> tuple[str, ...]:
     if group is None:
         return ()
     return ("mean", "margins", *(f"member:{m}" for m in range(len(group.values))))
+
+
+def followed(network: Network, variables: Variables, shape: tuple[int, ...]) -> Variables:
+    """`variables` with the defence's fixed collections, such as tables, as the network makes them.
+
+    A checkpoint holds those that it was trained with; traced settings make them data here.
+    `network` is that of an `Assembly`, `shape` that of its images [H, W, C].
+    """
+    made = network.init(jax.random.key(0), jnp.zeros((1, *shape)))["frozen"]["defence"]
+    fixed = {name: held for name, held in made.items() if name != "params"}
+    frozen = variables["frozen"]
+    return {**variables, "frozen": {**frozen, "defence": {**frozen["defence"], **fixed}}}
 
 
 def logits_fn_of(network: Network) -> evaluation.LogitsFnOf:

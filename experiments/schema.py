@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rain_jax import (
@@ -70,8 +72,11 @@ def convert(where: str, value: Any, annotation: Any) -> Any:
     """`value` as `annotation` wants it, or a `UsageError` that says what was expected.
 
     Names become objects where the annotation is one of the project's words: a `Loss`, a `Norm`,
-    an `Estimator`, an `Upscaler`, a `Defence`, or, from a file's, `Statistics`.
+    an `Estimator`, an `Upscaler`, a `Defence`, or, from a file's, `Statistics`. Traced numbers pass
+    where numbers do, so that what a section describes can be made inside a program.
     """
+    if isinstance(value, jax.core.Tracer):
+        return _traced(where, value, annotation)
     if annotation == Norm:
         return getattr(norms, one_of(where, value, norms.__all__)) if _is_name(value) else value
     if annotation == Loss:
@@ -115,6 +120,15 @@ def convert(where: str, value: Any, annotation: Any) -> Any:
         return float(value) if wanted is float else value
     except OverflowError:
         raise UsageError(f"{where}={value!r:.20}..: expected a number") from None
+
+
+def _traced(where: str, value: jax.core.Tracer, annotation: Any) -> Any:
+    kinds = typing.get_args(annotation) or (annotation,)
+    if float in kinds:
+        return jnp.asarray(value, jnp.float32)
+    if annotation is Any or (int in kinds and jnp.issubdtype(value.dtype, jnp.integer)):
+        return value
+    raise UsageError(f"{where}={value!r}: expected {_say(annotation)}")
 
 
 def _statistics(where: str, path: str) -> Statistics:

@@ -1,0 +1,182 @@
+"""What a sweep says: its accuracies, what stands against them, a table and curves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.logs import table
+from experiments.proof import Check, above
+from experiments.report import percent
+from experiments.sweeping.grid import Cell, chains
+from experiments.sweeping.lanes import Measured
+from rain_jax import evaluation
+
+# Settings of an attack, by the ends of their keys, of which more never helps the model.
+STRONGER = ("radius", "steps", "draws", "restarts", "queries", "targets")
+# Further apart than this, evenly multiplied values are drawn on a logarithmic axis.
+_WIDE = 8.0
+
+
+def proportion(share: np.ndarray) -> dict[str, Any]:
+    """Counted as an evaluation counts, with Wilson's 95 % interval."""
+    value = evaluation.proportion(share)
+    return {
+        "right": value.hits,
+        "of": value.total,
+        "accuracy": value.value,
+        "interval_95": list(value.interval),
+    }
+
+
+def closed(
+    cells: Sequence[Cell], along: str, stands: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray]:
+    """Of each cell what stands there and at every smaller radius.
+
+    An image found at one radius is allowed at every larger one. Of a random model it is the least
+    share of the draws, which are the same at all radii.
+    """
+    found: dict[int, np.ndarray] = {}
+    for chain in chains(cells, along):
+        least = np.minimum.accumulate([stands[number] for number in chain])
+        found |= dict(zip(chain, least, strict=True))
+    return found
+
+
+def rows(
+    cells: Sequence[Cell], names: Mapping[str, str], along: str | None, measured: Sequence[Measured]
+) -> list[dict[str, Any]]:
+    """A record for each cell: where it lies, how much stands, and what stands beside that."""
+    stands = {number: one.stands for number, one in enumerate(measured)}
+    shut = closed(cells, along, stands) if along is not None else {}
+    found = []
+    for number, (cell, one) in enumerate(zip(cells, measured, strict=True)):
+        row = {names[key]: value for key, value in cell.items()}
+        row |= proportion(one.stands)
+        row["clean"] = proportion(one.clean)
+        if shut:
+            row["closed"] = proportion(shut[number])
+        row["attack"] = {
+            "attacked": one.attacked,
+            "outside_the_threat": one.outside,
+            "mean_margin": one.margin,
+            "mean_steps": one.steps,
+            "forward_passes": one.passes and int(one.passes.forward),
+            "backward_passes": one.passes and int(one.passes.backward),
+        }
+        found.append(row)
+    return found
+
+
+def checks(
+    cells: Sequence[Cell], names: Mapping[str, str], found: Sequence[Mapping[str, Any]],
+    attacked: Iterable[str],
+) -> list[Check]:  # fmt: skip
+    """What is so where attacks work. `attacked` are the axes that are settings of the attack."""
+    told = []
+    for key in attacked:
+        if key.split(".")[-1] not in STRONGER or any(isinstance(c[key], str) for c in cells):
+            continue
+        name, weaker = names[key], []
+        for chain in chains(cells, key):
+            for place, less in enumerate(chain):
+                for more in chain[place + 1 :]:
+                    one, other = found[less], found[more]
+                    if above(other["accuracy"], one["accuracy"], one["of"]):
+                        weaker.append((one, other))
+        text = [
+            f"{100 * one['accuracy']:.1f} % stand at {name} {one[name]:g}, "
+            f"{100 * other['accuracy']:.1f} % at {other[name]:g}"
+            for one, other in weaker
+        ]
+        told.append(Check(f"more {name} does not weaken the attack", not weaker,
+                          text[0] if text else f"in {len(cells)} cells"))  # fmt: skip
+    outside = sum(row["attack"]["outside_the_threat"] for row in found if "attack" in row)
+    if any("attack" in row for row in found):
+        told.append(Check("images keep to the threat", not outside, f"{outside} do not"))
+    return told
+
+
+def printed(record: Mapping[str, Any]) -> str:
+    """The accuracies: the first axis down, the second across, the others beside the first."""
+    axes = record["axes"]
+    first, *others = sorted(axes, key=lambda name: len(axes[name]) < 2)
+    across = others[0] if others and len(axes[others[0]]) > 1 else None
+    rest = [name for name in others if name != across and len(axes[name]) > 1]
+    lines: dict[tuple[Any, ...], dict[Any, str]] = {}
+    for cell in record["cells"]:
+        value = evaluation.Proportion(cell["right"], cell["of"])
+        place = (*(cell[name] for name in rest), cell[first])
+        lines.setdefault(place, {})[cell.get(across)] = percent(value)
+    columns = axes[across] if across else [None]
+    heads = [f"{across} {_short(value)}" for value in columns] if across else ["accuracy"]
+    body = [
+        [", ".join(f"{name} {_short(value)}" for name, value in zip([*rest, first], place,
+                                                                  strict=True)),
+         *(line.get(column, "") for column in columns)]
+        for place, line in lines.items()
+    ]  # fmt: skip
+    return table(body, ["", *heads])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def figure(path: Path, record: Mapping[str, Any]) -> None:
+    """Draws the accuracy over the first axis of numbers, a line for each of the other values.
+
+    What is shaded is the 95 % interval; dashed is the curve in which what broke at a smaller radius
+    is broken, where it is another one. Lines have the colour of their value on the second axis.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = record["axes"]
+    x = next((n for n, v in axes.items() if len(v) > 1 and not isinstance(v[0], str | bool)), None)
+    if x is None:
+        return
+    others = [name for name, values in axes.items() if name != x and len(values) > 1]
+    drawn, ax = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
+    lines: dict[tuple[Any, ...], list[Any]] = {}
+    for cell in sorted(record["cells"], key=lambda cell: cell[x]):
+        lines.setdefault(tuple(cell[name] for name in others), []).append(cell)
+    labelled = set()
+    for place, some in lines.items():
+        colour = f"C{axes[others[0]].index(place[0]) % 10}" if others else "C0"
+        values = [cell[x] for cell in some]
+        label = f"{others[0]} {_short(place[0])}" if others else None
+        ax.plot(values, [100 * c["accuracy"] for c in some], marker=".", color=colour, lw=1,
+                label=None if label in labelled else label)  # fmt: skip
+        labelled.add(label)
+        low, high = np.array([cell["interval_95"] for cell in some]).T
+        ax.fill_between(values, 100 * low, 100 * high, color=colour, alpha=0.15 / len(lines) ** 0.5,
+                        lw=0)  # fmt: skip
+        shut = [cell.get("closed", cell)["accuracy"] for cell in some]
+        if any(abs(c["accuracy"] - other) > 1e-9 for c, other in zip(some, shut, strict=True)):
+            ax.plot(values, [100 * other for other in shut], color=colour, lw=1, ls="--")
+    if geometric(axes[x]):
+        ax.set_xscale("log")
+    ax.set_xlabel(x)
+    ax.set_ylabel("accuracy, %")
+    ax.set_ylim(0, 100)
+    ax.grid(alpha=0.3)
+    if others:
+        ax.legend(fontsize=8)
+    if record["flagged"]:
+        ax.set_title("flagged: see the checks in sweep.json", fontsize=9, color="tab:red")
+    drawn.savefig(path, dpi=130)
+    plt.close(drawn)
+
+
+def geometric(values: Sequence[float]) -> bool:
+    """Whether values are spread by factors rather than by steps."""
+    ordered = np.sort(np.asarray(values, float))
+    if len(ordered) < 3 or ordered[0] <= 0 or ordered[-1] / ordered[0] < _WIDE:
+        return False
+    steps, factors = np.diff(ordered), np.diff(np.log(ordered))
+    return bool(np.std(factors) / np.mean(factors) < np.std(steps) / np.mean(steps))
