@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, workdir
+from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
 from experiments.defended import logits_fn_of
 from experiments.logs import Progress
@@ -42,7 +42,7 @@ def analyse(experiment: build.Experiment, variables: PyTree) -> tables.Statistic
         return tables.moments(key, of(variables), attack, batch, axis_name)
 
     program = devices.map(body, inputs=(False, False, True), outputs=False)
-    placed, key = devices.replicate((variables, evaluate.evaluation_key(experiment.seed)))
+    placed, key = devices.replicate((variables, measure.evaluation_key(experiment.seed)))
     source = data.first(experiment.splits.train, min(IMAGES, experiment.splits.train.size))
     size = round_up(experiment.evaluation.batch_size, devices.size)
 
@@ -88,7 +88,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if experiment.config["defence"] is not None:
         raise UsageError("config.defence: expected None: the statistics are of a bare classifier")
     workdir.check_writable(folder)
-    variables, _ = evaluate.load(experiment, folder)
+    variables, _ = loading.load(experiment, folder)
     found = analyse(experiment, variables)
     if jax.process_index() == 0:
         np.savez(folder / "statistics.npz", **found._asdict())

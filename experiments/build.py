@@ -272,6 +272,11 @@ def experiment(whole: Any) -> Experiment:
             )
     columns = looks.columns(parts["evaluation"], the_threat)
     distances = looks.distances(parts["evaluation"], the_threat)
+    for name in distances:
+        if name in columns:
+            raise UsageError(
+                f"config.evaluation.distances.{name}: expected another name: an attack has this one"
+            )
 
     def optimiser(steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
         rate = make("config.schedule", schedules, spec["schedule"],
@@ -321,6 +326,12 @@ def experiment(whole: Any) -> Experiment:
             "config.method.awp", awp, around, objective=objective, steps_per_epoch=steps_per_epoch
         )
 
+    condition = parts["evaluation"].condition
+    if condition is not None and spec["network"].get("modulation", "none") == "none":
+        raise UsageError(
+            f"config.evaluation.condition={condition:g}: expected None: a network without "
+            "config.network.modulation has no condition"
+        )
     # Built once on made-up lengths and classes, so that a mistake is met now and not after a large
     # data set has been opened.
     optimiser(10**6, 10**3)
@@ -333,6 +344,10 @@ def experiment(whole: Any) -> Experiment:
             f"config.training.batch_size={parts['training'].batch_size}: expected at most the "
             f"{splits.train.size} training images"
         )
+    try:
+        data.parts_of(splits.train, parts["training"].batch_size)
+    except UsageError as error:
+        raise located("config.data", error, spec["data"]) from None
     if parts["augment"].area is not None and parts["training"].feed != "stream":
         raise UsageError(
             f"config.augment.area={parts['augment'].area}: expected None, or "
@@ -423,7 +438,7 @@ def _attacked(
 def check_devices(built: Experiment) -> None:
     """Refuses a training that the devices at hand cannot share."""
     try:
-        devices = choose_devices(built.parallel.devices)
+        devices = choose_devices(built.parallel.devices, training=True)
     except UsageError as error:
         raise located("config.parallel", error, ("devices",)) from None
     check_batch_size("config.training.batch_size", built.training.batch_size, len(devices))

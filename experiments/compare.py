@@ -12,6 +12,7 @@ extra `peers`.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
@@ -24,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, cache, evaluate, workdir
+from experiments import build, cache, loading, workdir
 from experiments.defended import logits_fn_of
 from experiments.logs import provenance, table, write_json
 from rain_jax import attacks, data, evaluation, norms
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of
-from rain_jax.parallel import Devices, choose_devices, place
+from rain_jax.parallel import Devices, choose_devices, initialise, place
 from rain_jax.types import Array, Batch, Iteration, Key, LogitsFn, Variables
 
 SHIFTS = jnp.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `twins.SHIFTS`
@@ -70,7 +71,7 @@ def subject(folder: Path, images: int, random: str | None, batch_size: int) -> S
     if random == "weights":
         variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, *source.shape)))
     else:
-        variables, _ = evaluate.load(experiment, folder)
+        variables, _ = loading.load(experiment, folder)
     network = experiment.config["network"]
     twin = twins.twin(network, jax.tree.map(np.asarray, variables))
     of = logits_fn_of(experiment.network)
@@ -178,6 +179,14 @@ def judged(what: Subject, images: np.ndarray, key: Key, draws: int = 1) -> evalu
     return evaluation.join([v.judgement for v in judge(what.variables, key, [found])])
 
 
+@contextlib.contextmanager
+def timed(into: dict[str, float], who: str) -> Iterator[None]:
+    """CPU seconds of what runs inside: one run each, compiling included, so a hint and no ratio."""
+    began = time.process_time()
+    yield
+    into[who] = round(time.process_time() - began, 1)
+
+
 # --- The three comparisons --------------------------------------------------------------------
 
 
@@ -191,6 +200,7 @@ def strength(
     clean = judged(what, what.images, jax.random.key(1))
     stands: dict[str, dict[str, np.ndarray]] = {}  # attack -> who ran it -> verdicts
     outside: dict[str, dict[str, int]] = {}
+    seconds: dict[str, dict[str, float]] = {}
 
     def told(name: str) -> dict[str, Any]:
         found = stands[name]
@@ -201,7 +211,10 @@ def strength(
                 line[f"{who}_alone_breaks"] = int(np.sum(found["ours"] & ~standing))
                 line[f"ours_alone_breaks_of_{who}"] = int(np.sum(standing & ~found["ours"]))
         packed = {who: np.packbits(standing).tobytes().hex() for who, standing in found.items()}
-        return {**line, "outside_the_threat": outside.get(name, {}), "standing": packed}
+        return {
+            **line, "outside_the_threat": outside.get(name, {}),
+            "cpu_seconds": seconds.get(name, {}), "standing": packed,
+        }  # fmt: skip
 
     for line in before:
         name, count = line["attack"], line["images"]
@@ -209,16 +222,21 @@ def strength(
             who: np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=count) > 0
             for who, bits in line["standing"].items()
         }
-        outside[name] = line["outside_the_threat"]
+        outside[name], seconds[name] = line["outside_the_threat"], line["cpu_seconds"]
         yield line
     for name, members in our_attacks(what, settings).items():
         if name not in settings.attacks or name == "standard" or name in stands:
             continue
-        stands[name] = {"ours": ours(what, members)(what, jax.random.key(2)) & clean.right}
+        took = seconds[name] = {}
+        with timed(took, "ours"):
+            standing = ours(what, members)(what, jax.random.key(2))
+        stands[name] = {"ours": standing & clean.right}
         outside[name] = {}
         for peer in settings.peers:
             if norm in peers.OFFERS[peer].get(name, ()):
-                verdict = judged(what, theirs(what, peer, name, settings), jax.random.key(3))
+                with timed(took, peer):
+                    images = theirs(what, peer, name, settings)
+                verdict = judged(what, images, jax.random.key(3))
                 stands[name][peer] = evaluation.worst_case(clean, [verdict])
                 outside[name][peer] = int(np.sum(~verdict.allowed))
         yield told(name)
@@ -338,6 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     for attack in settings.attacks:
         one_of("--attacks", attack, names)
     cache.enable()
+    initialise()
     what = subject(settings.run, settings.images, settings.random, settings.batch_size)
     if settings.radius is not None:
         threat = what.experiment.threat._replace(radius=settings.radius)
@@ -382,6 +401,8 @@ def known(out: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
 def _cell(value: Any) -> str:
     if isinstance(value, dict) and all(isinstance(v, int) for v in value.values()):
         return " ".join(f"{k} {v}" for k, v in value.items() if v) or "none"
+    if isinstance(value, dict) and all(isinstance(v, float) for v in value.values()):
+        return " ".join(f"{k} {v:.0f}" for k, v in value.items())
     if isinstance(value, dict):
         return " ".join(f"{k} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for k, v in value.items())
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, workdir
+from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
 from experiments.defended import UNDEFENDED, logits_fn_of
 from experiments.logs import Progress, provenance, write_json
@@ -125,7 +125,7 @@ def look(experiment: build.Experiment, variables: Variables) -> Seen:
         return jax.vmap(one, (None, 0, 0, 0))(variables, keys, image, batch.label)
 
     program = devices.map(body, inputs=(False, False, True), outputs=True)
-    placed, key = devices.replicate((variables, evaluate.evaluation_key(experiment.seed)))
+    placed, key = devices.replicate((variables, measure.evaluation_key(experiment.seed)))
     size = round_up(experiment.evaluation.batch_size, devices.size)
     parts = []
     with Progress("frequencies", source.size, unit="img") as bar:
@@ -228,7 +228,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if channels not in (1, 3):
         raise UsageError(f"config.data: images of {channels} channels: expected 3, or 1")
     workdir.check_writable(folder)
-    variables, step = evaluate.load(experiment, folder)
+    variables, step = loading.load(experiment, folder)
     record = described(look(experiment, variables))
     if jax.process_index() == 0:
         told = {"step": step, "seed": experiment.seed, "data": experiment.splits.test.name}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, report, start, train, workdir
+from experiments import build, cache, evaluate, loading, measure, report, start, train, workdir
 from experiments.cli import run
 from experiments.defended import logits_fn_of
 from experiments.logs import Progress, provenance, table, write_json
@@ -225,7 +225,7 @@ def successes(
         return jax.lax.map(hit, (sets.reshape(-1, *sets.shape[2:]), targets)).T
 
     program = devices.map(body, inputs=(False, False, False, True), outputs=True)
-    key = evaluate.evaluation_key(built.seed)
+    key = measure.evaluation_key(built.seed)
     placed = devices.replicate((variables, jnp.asarray(sets), key))
     shares = []
     for batch in data.evaluation_batches(
@@ -323,7 +323,7 @@ def retrained(
                 partial(train.make_validator, one),
                 lambda drawn, devices, variables=variables: variables,  # type: ignore[misc]
             )
-            networks.append(without_perturbations(evaluate.load(one, there)[0]))
+            networks.append(without_perturbations(loading.load(one, there)[0]))
             if jax.process_index() == 0:
                 report.curves(there)
     return networks, sets
@@ -334,7 +334,7 @@ def told(
     devices: Devices,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
     """What rat.json says, and the table of it."""
-    key = jax.random.fold_in(evaluate.evaluation_key(built.seed), 1)
+    key = jax.random.fold_in(measure.evaluation_key(built.seed), 1)
     patterns = [*(one.perturbation for one in sets), noise(key, own.threat, sets[0].perturbation)]
     names = [*(f"set {number}" for number in range(len(sets))), "random signs"]
     titles = ["start", *(f"round {number}" for number in range(own.number))]
@@ -368,7 +368,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     build.check_devices(built)
     whole = build.plain(config)
     workdir.claim(folder, whole)
-    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices))
+    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices, training=True))
     networks, sets = retrained(built, own, folder, devices)
     record, success = told(built, own, networks, sets, devices)
     before = folder / "start"

@@ -92,10 +92,11 @@ class Training:
 class Start:
     """What a defended classifier begins with, and which part of it learns.
 
-    `classifier` is the folder of a finished run, whose weights it takes; `defence` that of an
-    upscaler's, or a file `FILE.npz` with weights as their authors published them. Without either,
-    weights are random. `trained` is the part that learns; with `drift` the batch statistics of a
-    frozen classifier follow the training images, as in the code of RAIN's authors.
+    `classifier` is the folder of a finished run, whose weights it takes, or a file of PyTorch's
+    (.pt, .pth, or its arrays in an .npz) with a published ResNet's; `defence` is the folder of an
+    upscaler's run, or a file `FILE.npz` with weights as their authors published them. Without
+    either, weights are random. `trained` is the part that learns; with `drift` the batch statistics
+    of a frozen classifier follow the training images, as in the code of RAIN's authors.
     """
 
     classifier: str | None = None
@@ -154,6 +155,14 @@ class Evaluation:
     for each verdict, by default 20 times where it is random and else once; `eight_bit` rounds
     images before they are judged, as if they had been saved. `checkpoint` is the one with the best
     held-out score, or the last.
+
+    Results are saved after every `block` images, by default four batches, and a killed evaluation
+    goes on behind the last of them. `save_images` leaves the images that broke the model in
+    adversarial.npy. `checks` looks for what usually makes robustness look larger than it is, and
+    marks the numbers where it finds it; the ladder has checks of its own.
+
+    `condition` is what a network with `modulation` is told, by default what its training left: one
+    number for all images, which attackers know.
     """
 
     attacks: dict[str, dict[str, Any]]
@@ -166,8 +175,16 @@ class Evaluation:
     draws: int | None = None
     eight_bit: bool = False
     checkpoint: Literal["best", "latest"] = "best"
+    block: int | None = None
+    save_images: bool = True
+    checks: bool = True
+    condition: float | None = None
 
     def __post_init__(self) -> None:
+        if self.condition is not None:
+            within("config.evaluation.condition", self.condition, 0.0, 1.0)
+        if self.block is not None:
+            within("config.evaluation.block", self.block, 1)
         if self.images is not None:
             within("config.evaluation.images", self.images, 1)
         within("config.evaluation.batch_size", self.batch_size, 1)

@@ -88,7 +88,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(seed: int) -> Keys:
-    """The run's keys; evaluation has its own root, see `evaluate.evaluation_key`."""
+    """The run's keys; evaluation has its own root, see `measure.evaluation_key`."""
     return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 5))
 
 
@@ -110,8 +110,9 @@ def is_resident(experiment: Task) -> bool:
     """Whether the training images live on the devices."""
     source = experiment.splits.train
     feed = experiment.training.feed
+    size = source.size + (source.extra.source.size if source.extra else 0)
     return feed == "resident" or (
-        feed == "auto" and source.size * math.prod(source.shape) <= RESIDENT_BYTES
+        feed == "auto" and size * math.prod(source.shape) <= RESIDENT_BYTES
     )
 
 
@@ -136,19 +137,28 @@ def make_step(experiment: Task, method: Method, plan: Plan, devices: Devices) ->
     return lambda state, fed: program(state, *fed)
 
 
+def order_of(experiment: Task, plan: Plan) -> Callable[[Key, Any], Array]:
+    """The order of one epoch's images on the device, as a function of a key and the epoch."""
+    source = experiment.splits.train
+    if source.extra is None:
+        return partial(data.epoch_order, size=source.size)
+    parts = data.parts_of(source, plan.batch_size)
+    return partial(data.shared_order, parts=parts, steps=plan.per_epoch)
+
+
 def feed(
     experiment: Task, plan: Plan, keys: Keys, devices: Devices, first: int
 ) -> Iterator[tuple[PyTree, PyTree]]:
     """What `make_step`'s program is fed from step `first` on: (same everywhere, split)."""
     source = experiment.splits.train
     if is_resident(experiment):
-        images, labels = data.resident(source)
+        images, labels = data.pooled(source)
         keys, images, labels = devices.replicate((keys, jnp.asarray(images), jnp.asarray(labels)))
         local = devices.size // jax.process_count()
         numbers = devices.split(np.arange(local, dtype=np.int32) + jax.process_index() * local)
-        shuffle = jax.jit(data.epoch_order, static_argnums=2)
+        shuffle = jax.jit(order_of(experiment, plan))
         for epoch in range(first // plan.per_epoch, math.ceil(plan.total / plan.per_epoch) + 1):
-            order = devices.replicate(shuffle(keys.order, epoch, source.size))
+            order = devices.replicate(shuffle(keys.order, epoch))
             begin = first % plan.per_epoch if epoch == first // plan.per_epoch else 0
             for _ in range(begin, plan.per_epoch):
                 yield (keys, images, labels, order), numbers
@@ -223,7 +233,9 @@ def train(
     Where there is none, from what `begun` makes of the variables that were drawn.
     """
     # --- refusals, before anything is compiled
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = place(
+        experiment.parallel.mapping, choose_devices(experiment.parallel.devices, training=True)
+    )
     plan = plan_of(experiment)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
     validator = validator_on(devices)
@@ -308,7 +320,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def make_validator(experiment: build.Experiment, devices: Devices) -> Validator | None:
-    """Robust accuracy on the held-out images, or None where there are none."""
+    """Accuracy on the held-out images, robust where there is an attack; None without images."""
     looks, source = experiment.validation, experiment.splits.valid
     if looks is None or source is None:
         return None
@@ -332,7 +344,7 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Validator 
         stands = evaluation.worst_case(clean, results.values())
         robust = evaluation.proportion(stands).value
         right = evaluation.proportion(clean.right).value
-        log.write(step, "validation", clean=right, robust=robust)
+        log.write(step, "validation", clean=right, **({} if attack is None else {"robust": robust}))
         return robust
 
     return validate

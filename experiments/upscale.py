@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import cache, evaluate, settings, train, workdir
+from experiments import cache, loading, settings, train, workdir
 from experiments.build import plain
 from experiments.cli import run
 from experiments.logs import MetricsLog, provenance, table, write_json
@@ -297,11 +297,11 @@ def make_validator(built: Experiment, devices: Devices) -> train.Validator | Non
 
 def judge(built: Experiment, folder: Path) -> None:
     """Measures the trained network on the test images; writes and prints what was found."""
-    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices))
+    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices, training=True))
     image = jax.ShapeDtypeStruct(built.splits.train.shape, jnp.float32)
     like = jax.eval_shape(built.upscaler.init, jax.eval_shape(jax.random.key, 0), image)
     averaged = built.config["average"] is not None
-    variables, step = evaluate.load_like(
+    variables, step = loading.load_like(
         folder, like, devices, averaged, built.evaluation.checkpoint
     )
     source = data.first(built.splits.test, built.evaluation.images)

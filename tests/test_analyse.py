@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import analyse, build, evaluate, start, train
+from experiments import analyse, build, defended, loading, start, train
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
 from rain_jax.defences import tables
@@ -68,9 +68,9 @@ def test_a_defended_run_is_refused(run):
 def test_moments_do_not_depend_on_batches(run):
     config, folder = run
     experiment = build.experiment(config)
-    variables, _ = evaluate.load(experiment, folder)
+    variables, _ = loading.load(experiment, folder)
     attack = attacks.fgsm(experiment.threat)
-    of = evaluate.logits_fn_of(experiment.network)
+    of = defended.logits_fn_of(experiment.network)
     key = jax.random.key(0)
 
     def told(size):

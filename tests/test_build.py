@@ -331,6 +331,7 @@ def test_a_twin_has_other_sections_and_their_defaults():
 def blank(
     name: str, *, data_dir: str | None = None, holdout: int = 0, resize: int | None = None,
     limit_train: int | None = None, limit_test: int | None = None,
+    extra: str | None = None, extra_fraction: float = 0.7,
 ) -> data.Splits:  # fmt: skip
     """As many black images as the data set has, without the memory."""
     shape = (28, 28, 1) if "mnist" in name else (32, 32, 3)

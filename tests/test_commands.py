@@ -16,7 +16,7 @@ from rain_jax.parallel import choose_devices, place
 
 PROMISED = {
     "config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluation.json",
-    "verdicts.npz", "table.txt", "examples.png", "examples.npz",
+    "verdicts.npz", "adversarial.npy", "table.txt", "examples.png", "examples.npz",
 }  # fmt: skip
 DRAWN = {"curves.png"}  # of what is in metrics.jsonl, where there is enough to draw
 
@@ -40,7 +40,10 @@ def two_steps(config, folder):
 
 def content(folder):
     """All files of a run but for what an evaluation writes, with their bytes."""
-    written_again = {"evaluation.json", "verdicts.npz", "table.txt", "examples.png", "examples.npz"}
+    written_again = {
+        "evaluation.json", "verdicts.npz", "adversarial.npy", "table.txt", "examples.png",
+        "examples.npz",
+    }  # fmt: skip
     return {
         path.relative_to(folder): path.read_bytes()
         for path in folder.rglob("*")
@@ -79,7 +82,8 @@ def test_an_override_changes_what_it_should_and_no_more(run, tmp_path):
         **expected["attacks"]["pgd40"]["settings"], "steps": 5,
     }  # fmt: skip
     for measured in (found, expected):
-        del measured["attacks"], measured["worst_case"]
+        for key in ("attacks", "worst_case", "broken_by", "checks", "flagged"):
+            del measured[key]
     assert found == expected
     # The run is what it was: its config, its log and its weights.
     assert content(run) == before

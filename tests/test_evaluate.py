@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, evaluate, looks
+from experiments import build, defended, evaluate, looks, measure
 from rain_jax import evaluation
 
 
@@ -128,7 +128,7 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
         ), {}
 
     experiment = experiment._replace(network=experiment.network._replace(apply=constant))
-    measured = evaluate.measure(experiment, variables, "constant")
+    measured = measure.measure(experiment, variables, "constant")
     right = measured.columns["clean"].judgement
     assert np.sum(right.right) > 0
     assert len(measured.columns["noise"].judgement.index) == 0
@@ -136,7 +136,7 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
 
 
 def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeypatch):
-    fixed = evaluate.logits_fn_of
+    fixed = defended.logits_fn_of
 
     def noisy(network):
         of = fixed(network)
@@ -147,7 +147,7 @@ def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeyp
 
         return drawn
 
-    monkeypatch.setattr(evaluate, "logits_fn_of", noisy)
+    monkeypatch.setattr(measure, "logits_fn_of", noisy)
     _, _, record, verdicts = told(
         tmp_path, variables, draws=16, suite=dict(name="rand", steps=2, draws=4),
         **{"attacks.pgd40": None},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, evaluate, frequencies, train, workdir
+from experiments import build, cli, frequencies, loading, train, workdir
 from rain_jax import data
 from rain_jax.image import band_energy, low_pass, radial_spectrum
 
@@ -136,7 +136,7 @@ def test_the_command_writes_curves_and_figure(tmp_path, capfd):
     assert f"{run / 'frequencies.png'} and .json" in capfd.readouterr().out
     record = json.loads((run / "frequencies.json").read_text())
     assert record["images"] == 20
-    assert record["step"] == evaluate.load(experiment, run)[1]
+    assert record["step"] == loading.load(experiment, run)[1]
     assert (run / "frequencies.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit) as ended:
         cli.run(frequencies.main, workdir.read_config, ["frequencies", f"--workdir={tmp_path}"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, defended, evaluate, proof, start
+from experiments import build, defended, evaluate, loading, proof, start
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.gradients import eot, exact
@@ -184,7 +184,8 @@ def test_stops_do_not_compile_again(tmp_path):
     begin, advance, _ = proof.stages(attack, defended.logits_fn_of(experiment.network))
     image = jnp.zeros((2, *experiment.splits.train.shape))
     variables = drawn(experiment)
-    states = begin(variables, jax.random.split(jax.random.key(0), 2), image, jnp.zeros(2, int))
+    keys = jax.random.split(jax.random.key(0), 2)
+    states = begin(variables, keys, image, jnp.zeros(2, int))
     for steps in (1, 2, 5):
         states = advance(variables, states, steps)
     assert advance._cache_size() == 1
@@ -258,7 +259,7 @@ def test_members_all_begin_with_the_classifier_of_another_run(tmp_path):
     plain = build.plain(experiment_of(tmp_path).config)
     plain["evaluation"] = {"attacks": {"fgsm": {"name": "fgsm"}}, "images": 10}
     train.main(build.changed(plain, [("training.epochs", 0.2)]), before)
-    trained, _ = evaluate.load(build.experiment(plain), before)
+    trained, _ = loading.load(build.experiment(plain), before)
 
     experiment = experiment_of(
         tmp_path, defence=JPEG, ensemble=VOTE, start=dict(classifier=str(before))

@@ -1,0 +1,64 @@
+"""A run's trained variables, from its checkpoints."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import build
+from rain_jax import training
+from rain_jax.checkpoints import Checkpoints
+from rain_jax.checks import UsageError
+from rain_jax.models.conditional import with_condition
+from rain_jax.parallel import Devices, choose_devices, place
+from rain_jax.types import PyTree
+
+
+def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
+    """The variables of a run's best (or last) checkpoint, and its step.
+
+    At the condition that its evaluation asks for: whoever is given them cannot miss it.
+    """
+    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    like = jax.eval_shape(experiment.network.init, key, images)
+    average = bool(experiment.config.get("average"))
+    variables, step = load_like(folder, like, devices, average, experiment.evaluation.checkpoint)
+    condition = experiment.evaluation.condition
+    return variables if condition is None else with_condition(variables, condition), step
+
+
+def load_like(
+    folder: Path,
+    variables: PyTree,
+    devices: Devices,
+    average: bool,
+    which: Literal["best", "latest"] = "best",
+) -> tuple[PyTree, int]:
+    """The same of any run, whose variables have the shapes of `variables`.
+
+    `average` says whether the run kept an average of its weights, which is then what is meant.
+    """
+    params = variables["params"]
+    like = {"params": params, "model_state": {k: v for k, v in variables.items() if k != "params"}}
+    if average:
+        like["average"] = params
+    sharding = jax.sharding.NamedSharding(devices.mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like
+    )
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step, model = checkpoints.restore_model(like, which)
+    return training.variables_of(devices.to_local(model)), step
+
+
+def check_finite(variables: PyTree, where: str) -> None:
+    """Refuses weights that are not numbers, naming the first such array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+            raise UsageError(
+                f"{where}: weights {jax.tree_util.keystr(path)} hold values that are not finite"
+            )

@@ -1,0 +1,180 @@
+"""What is left of an evaluation: evaluation.json, verdicts.npz and the adversarial images.
+
+evaluation.json is for people and programs: counts with intervals, settings, cost, provenance.
+verdicts.npz has a column of numbers for each thing known of each image. adversarial.npy has the
+images that broke the model, from which `experiments.recount` can tell the worst case again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import build
+from experiments.logs import provenance, write_json
+from experiments.measure import Column, Measured
+from experiments.proof import Check
+from rain_jax import evaluation, norms
+
+# Images are copied so many at a time.
+_PART = 1024
+
+
+def write(folder: Path, record: dict[str, Any], measured: Measured, *, save_images: bool) -> None:
+    """Writes all of it into the run's folder."""
+    arrays: dict[str, Any] = {
+        f"{title}/{field}": np.asarray(value)
+        for title, column in {
+            **measured.columns,
+            **({} if measured.worst is None else {"worst case": measured.worst}),
+            **measured.distances,
+        }.items()
+        for field, value in {
+            **column.judgement._asdict(), "steps": column.steps, "queries": column.queries
+        }.items()
+    }  # fmt: skip
+    arrays["broken_by"] = measured.broken_by
+    arrays["columns"] = np.array(list(measured.columns))
+    path, index = folder / "adversarial.npy", folder / "evaluation.json"
+    # Whoever finds it may take the rest for granted, so it goes first and comes back last.
+    index.unlink(missing_ok=True)
+    if save_images:
+        worst = measured.found
+        # Right in every draw, a candidate proves nothing, unless others may draw otherwise.
+        places = np.flatnonzero(worst.taken & ((worst.share < 1) | measured.random))
+        arrays["adversarial/index"] = places.astype(np.int32)
+        whole = (len(places), *worst.image.shape[1:])
+        partial = path.with_suffix(".tmp")
+        if len(places):
+            copy = np.lib.format.open_memmap(partial, "w+", np.float32, whole)
+            for start in range(0, len(places), _PART):
+                copy[start : start + _PART] = worst.image[places[start : start + _PART]]
+            copy.flush()
+        else:
+            with partial.open("wb") as file:
+                np.save(file, np.zeros(whole, np.float32))
+        partial.replace(path)
+    else:
+        path.unlink(missing_ok=True)
+    with (partial := folder / "verdicts.tmp").open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    partial.replace(folder / "verdicts.npz")
+    write_json(index, record)
+
+
+def described(
+    experiment: build.Experiment, measured: Measured, name: str, step: int, checks: Sequence[Check]
+) -> dict[str, Any]:
+    """What evaluation.json says."""
+    stands = {title: _counted(share) for title, share in measured.stands.items()}
+    clean = measured.columns["clean"]
+    radius = float(experiment.threat.radius)
+    attacks = experiment.evaluation.attacks
+    return {
+        "model": name,
+        "step": step,
+        "seed": experiment.seed,
+        "images": len(clean.judgement.index),
+        "data": experiment.splits.test.name,
+        "data_hash": measured.digest,
+        "threat": {
+            "norm": norms.name_of(experiment.threat.norm),
+            "radius": radius,
+            "radius_in_255": 255 * radius,
+        },
+        "clean": {**stands["clean"], **_cost(clean)},
+        "attacks": {
+            title: {
+                **stands[title],
+                **_told(column),
+                "settings": attacks.get(title, experiment.evaluation.suite),
+                "through": experiment.looks[title].through,
+            }
+            for title, column in measured.columns.items()
+            if title != "clean"
+        },
+        "cascade": measured.cascade,
+        # The last column that is no check of another threat.
+        "worst_case": [v for title, v in stands.items() if title not in measured.checks][-1],
+        "distances": {
+            title: {
+                **_curve(clean.judgement, column, radius),
+                **_cost(column),
+                "settings": experiment.evaluation.distances[title],
+            }
+            for title, column in measured.distances.items()
+        },
+        "broken_by": _broken_by(measured),
+        "checks": [check._asdict() for check in checks],
+        "flagged": not all(check.passed for check in checks),
+        "draws": experiment.evaluation.draws,
+        "eight_bit": experiment.evaluation.eight_bit,
+        "condition": experiment.evaluation.condition,
+        "provenance": provenance(),
+    }
+
+
+def _told(column: Column) -> dict[str, Any]:
+    """An attack's own figures, over the images that it was given."""
+    judgement = column.judgement
+    if not len(judgement.index):
+        return {"attacked": 0, **_cost(column)}
+    told: dict[str, Any] = {
+        "attacked": len(judgement.index),
+        "outside_the_threat": int(np.sum(~judgement.allowed)),
+        "largest_distance": float(np.max(judgement.distance)),
+        "mean_margin": float(np.mean(judgement.margin)),
+        "accuracy_of_the_mean": float(np.mean(evaluation.standing(judgement))),
+        "accuracy_in_all_draws": float(np.mean((judgement.share == 1) | ~judgement.allowed)),
+        "mean_steps": float(np.mean(column.steps)),
+        **_cost(column),
+    }
+    if np.any(column.queries >= 0):
+        broken = column.queries[~evaluation.standing(judgement)]
+        told["queries"] = int(np.sum(column.queries))
+        told["median_queries_where_broken"] = float(np.median(broken)) if len(broken) else None
+    return told
+
+
+def _cost(column: Column) -> dict[str, Any]:
+    """What a column took: time, and passes of the model where they can be counted."""
+    told: dict[str, Any] = {"seconds": column.seconds}
+    if column.passes is not None:
+        told["forward_passes"] = int(column.passes.forward)
+        told["backward_passes"] = int(column.passes.backward)
+    return told
+
+
+def _broken_by(measured: Measured) -> dict[str, int]:
+    """How many images fell to each column first, those that are wrong as they are to `clean`."""
+    first = measured.broken_by
+    return {
+        name: int(np.sum(first == number))
+        for number, name in enumerate(measured.columns)
+        if name not in measured.checks
+    }
+
+
+def _curve(clean: evaluation.Judgement, column: Column, radius: float) -> dict[str, Any]:
+    """The accuracy at every radius, by one minimum-norm attack; and the median distance."""
+    radii = np.linspace(0, 2 * radius, 33)
+    judgement = column.judgement
+    found = judgement.distance[~evaluation.standing(judgement)]
+    return {
+        "attacked": len(judgement.index),
+        "found": len(found),
+        "median_distance_where_found": float(np.median(found)) if len(found) else None,
+        "radius": radii.tolist(),
+        "accuracy": evaluation.curve(clean, judgement, radii).tolist(),
+    }
+
+
+def _counted(right: np.ndarray) -> dict[str, Any]:
+    value = evaluation.proportion(right)
+    return {
+        "right": value.hits,
+        "of": value.total,
+        "accuracy": value.value,
+        "interval_95": list(value.interval),
+    }
