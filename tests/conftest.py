@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first JAX call: eight devices on one CPU.
@@ -34,12 +33,13 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+VERBOSITY = logging.get_verbosity()
+
+
 @pytest.fixture(autouse=True)
-def verbosity() -> Iterator[None]:
-    """Commands that run inside a test quiet the logs of the whole process; the next test hears."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
+def verbosity() -> None:
+    """Commands inside a test, or in a fixture before it, quiet the logs of the whole process."""
+    logging.set_verbosity(VERBOSITY)
 
 
 @pytest.fixture

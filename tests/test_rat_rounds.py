@@ -88,8 +88,8 @@ def test_it_makes_perturbations_trains_on_them_and_says_what_came_out(finished):
     assert (folder / "table.txt").read_text().strip() in said
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "provenance.json", "rat.json", "perturbations.npz", "perturbations.png",
-        "round0", "start", "evaluation.json", "verdicts.npz", "table.txt", "examples.png",
-        "examples.npz",
+        "round0", "start", "evaluation.json", "verdicts.npz", "adversarial.npy", "table.txt",
+        "examples.png", "examples.npz",
     }  # fmt: skip
 
 
