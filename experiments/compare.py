@@ -34,7 +34,7 @@ from rain_jax.checks import UsageError, one_of
 from rain_jax.parallel import Devices, choose_devices, initialise, place
 from rain_jax.types import Array, Batch, Iteration, Key, LogitsFn, Variables
 
-SHIFTS = jnp.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `twins.SHIFTS`
+SHIFTS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `twins.SHIFTS`
 
 
 class Subject(NamedTuple):
@@ -93,7 +93,7 @@ def shifted(logits_fn_of: evaluation.LogitsFnOf) -> evaluation.LogitsFnOf:
         fixed = logits_fn_of(variables)
 
         def logits_fn(key: Key, image: Array) -> Array:
-            move = SHIFTS[jax.random.randint(key, (), 0, len(SHIFTS))]
+            move = jnp.asarray(SHIFTS)[jax.random.randint(key, (), 0, len(SHIFTS))]
             return fixed(key, jnp.roll(image, move, axis=(0, 1)))
 
         return logits_fn

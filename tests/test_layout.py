@@ -1,6 +1,10 @@
 """Imports only go down, and rooms on one floor do not know each other."""
 
 import ast
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -85,3 +89,27 @@ def test_registries_name_what_they_hold(package: str) -> None:
     for name in module.__all__:
         assert callable(getattr(module, name))
         assert getattr(module, name).__doc__, f"{name} says nothing about itself"
+
+
+BEFORE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+from jax._src import xla_bridge
+sys.exit(xla_bridge.backends_are_initialized())
+"""
+
+
+def test_importing_touches_no_device() -> None:
+    """Processes join, and cores become devices, before anything has used one; a module-level
+    array would.
+    """
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for package in ("rain_jax", "experiments")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.name not in ("__init__.py", "peers.py", "twins.py") and "configs" not in path.parts
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    known = [name for name in modules if name != "rain_jax.bridges" or find_spec("torch")]
+    subprocess.run([sys.executable, "-c", BEFORE, *known], check=True, env=environment)
