@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.logs import table
-from rain_jax import evaluation
+from experiments.record import counted
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
 
 Cell = tuple[str, int]  # family and severity
@@ -85,19 +85,10 @@ def described(seen: Seen, base: Errors | None) -> dict[str, Any]:
     """What corruptions.json says of one model."""
     own, (families, severities) = errors_of(seen), axes_of(seen)
 
-    def counted(cell: Cell) -> dict[str, Any]:
-        value = evaluation.proportion(seen[cell])
-        return {
-            "right": value.hits,
-            "of": value.total,
-            "accuracy": value.value,
-            "interval_95": list(value.interval),
-        }
-
     found = {
-        "clean": counted(CLEAN),
+        "clean": counted(seen[CLEAN]),
         "families": {
-            name: {str(severity): counted((name, severity)) for severity in severities}
+            name: {str(severity): counted(seen[name, severity]) for severity in severities}
             for name in families
         },
         "mean_errors": own.families,

@@ -67,7 +67,7 @@ def described(
     experiment: build.Experiment, measured: Measured, name: str, step: int, checks: Sequence[Check]
 ) -> dict[str, Any]:
     """What evaluation.json says."""
-    stands = {title: _counted(share) for title, share in measured.stands.items()}
+    stands = {title: counted(share) for title, share in measured.stands.items()}
     clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
     attacks = experiment.evaluation.attacks
@@ -170,7 +170,8 @@ def _curve(clean: evaluation.Judgement, column: Column, radius: float) -> dict[s
     }
 
 
-def _counted(right: np.ndarray) -> dict[str, Any]:
+def counted(right: np.ndarray) -> dict[str, Any]:
+    """Flags or shares [N] as the record tells them, with Wilson's 95 % interval."""
     value = evaluation.proportion(right)
     return {
         "right": value.hits,

@@ -13,6 +13,7 @@ import pytest
 from experiments import build, defended, loading, measure, schema, sweep
 from experiments.cli import load_config
 from experiments.pages import load, studies
+from experiments.record import counted
 from experiments.sweeping import grid, ledger, plan, told
 from experiments.train import items_of, no_sums, plan_of
 from rain_jax import attacks, data, evaluation, models, norms
@@ -376,7 +377,7 @@ def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch):
     def train(config, folder):
         trained_now.append(folder.name)
         right = 5 * config.seed
-        row = told.proportion(np.arange(20) < right)
+        row = counted(np.arange(20) < right)
         record = dict(worst_case=row, clean=row, data="digits", images=20, checks=[], flagged=False)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(build.plain(config)))

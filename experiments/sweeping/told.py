@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.logs import table
 from experiments.proof import Check, above
+from experiments.record import counted
 from experiments.report import percent
 from experiments.sweeping.grid import Cell, chains
 from experiments.sweeping.lanes import Measured
@@ -17,17 +18,6 @@ from rain_jax import evaluation
 STRONGER = ("radius", "steps", "draws", "restarts", "queries", "targets")
 # Further apart than this, evenly multiplied values are drawn on a logarithmic axis.
 _WIDE = 8.0
-
-
-def proportion(share: np.ndarray) -> dict[str, Any]:
-    """Counted as an evaluation counts, with Wilson's 95 % interval."""
-    value = evaluation.proportion(share)
-    return {
-        "right": value.hits,
-        "of": value.total,
-        "accuracy": value.value,
-        "interval_95": list(value.interval),
-    }
 
 
 def closed(
@@ -54,10 +44,10 @@ def rows(
     found = []
     for number, (cell, one) in enumerate(zip(cells, measured, strict=True)):
         row = {names[key]: value for key, value in cell.items()}
-        row |= proportion(one.stands)
-        row["clean"] = proportion(one.clean)
+        row |= counted(one.stands)
+        row["clean"] = counted(one.clean)
         if shut:
-            row["closed"] = proportion(shut[number])
+            row["closed"] = counted(shut[number])
         row["attack"] = {
             "attacked": one.attacked,
             "outside_the_threat": one.outside,
