@@ -8,17 +8,14 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 
-from experiments import defended, ladder, looks, settings
+from experiments import defended, ladder, looks, rehearsal, settings
 from experiments.schema import (
     REGISTRIES,
     call,
@@ -48,17 +45,10 @@ from rain_jax.models import upscalers
 from rain_jax.parallel import check_batch_size, choose_devices
 from rain_jax.types import (
     Attack,
-    Batch,
-    Image,
-    Iteration,
-    Key,
-    Logits,
-    LogitsFn,
     Method,
     Network,
     Norm,
     Objective,
-    Target,
     Threat,
 )
 
@@ -382,57 +372,26 @@ def experiment(whole: Any) -> Experiment:
         validation_attack, evaluation, columns, distances, budget, parts["checkpoints"],
         parts["parallel"],
     )  # fmt: skip
-    _rehearse(built)
+    rehearsal.rehearse(
+        spec, network, splits.train.shape,
+        change=built.augment.change, objective=built.objective, attacks=_attacks_of(built),
+    )  # fmt: skip
     return built
 
 
-def _rehearse(built: Experiment) -> None:
-    """Traces the parts on the shapes of the data, so that what does not fit is met before a run."""
-    network, shape = built.network, built.splits.train.shape
-    key = jax.eval_shape(jax.random.key, 0)
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    label = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def traced(where: str, keys: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return jax.eval_shape(function, *arguments)
-        except UsageError as error:
-            raise located(where, error, keys) from None
-
-    spec = built.config
-    one: Any = (image, label, label, jax.ShapeDtypeStruct((), bool))
-    two = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), Batch(*one))
-    variables = dict(traced("config.network", spec["network"], network.init, key, two.image))
-    params = variables.pop("params")
-    traced("config.augment", spec["augment"], built.augment.change, key, image)
-    traced("config.method", spec["method"], built.objective, params, variables, key, two)
-
-    # Attacks never see the network, so a cheap one of as many classes stands in for it.
-    def logits_fn(key: Key, image: Image) -> Logits:
-        return jnp.sum(image) * jnp.ones(network.classes)
-
+def _attacks_of(built: Experiment) -> Iterator[rehearsal.Attacked]:
+    """Every attack of an experiment that runs on the shapes of its data."""
     columns = {name: look.attack for name, look in built.looks.items()}
     for section, members in (("attacks", columns), ("distances", built.distances)):
         specs = getattr(built.evaluation, section)
-        for name, column in members.items():
-            attacked = partial(_attacked, column, logits_fn)
+        for name, attack in members.items():
             # The members of a suite or of the ladder have no section of their own.
-            where = (
-                f"config.evaluation.{section}.{name}"
-                if name in specs
-                else "config.evaluation.suite"
-            )
-            traced(where, specs.get(name, {}), attacked, key, image, label)
+            own = f"config.evaluation.{section}.{name}"
+            where = own if name in specs else "config.evaluation.suite"
+            yield rehearsal.Attacked(where, specs.get(name, {}), attack)
     if built.validation_attack is not None:
-        attacked = partial(_attacked, built.validation_attack, logits_fn)
-        keys = spec["validation"]["attack"]
-        traced("config.validation.attack", keys, attacked, key, image, label)
-
-
-def _attacked(
-    attack: Attack | Iteration, logits_fn: LogitsFn, key: Key, image: Image, label: Target
-) -> Image:
-    return attack(key, logits_fn, image, label)
+        keys = built.config["validation"]["attack"]
+        yield rehearsal.Attacked("config.validation.attack", keys, built.validation_attack)
 
 
 def check_devices(built: Experiment) -> None:

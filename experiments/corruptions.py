@@ -25,6 +25,7 @@ import numpy as np
 from experiments import build, cache, loading, workdir
 from experiments import corruption_scores as scores
 from experiments.cli import run
+from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
 from experiments.defended import logits_fn_of
 from experiments.logs import Progress, provenance, write_json
@@ -54,8 +55,6 @@ from rain_jax.types import Array, AxisName, Batch, Key, Variables
 SMALL = 64
 # Of the authors' six photographs of frost their code draws among these.
 FROSTS = 5
-# Names of TFDS that differ from the paper's, in `cifar10_corrupted` alone.
-_TFDS_NAMES = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
 # Of the judge's key; those of families are checksums of their names.
 JUDGE = 0
 
@@ -283,53 +282,6 @@ def looks(
         yield from placed(cell, other)
 
 
-def published_sources(asked: Corruptions, source: data.Source) -> dict[Cell, data.Source]:
-    """The published images of all cells, from folders that TFDS has prepared."""
-    if asked.published is None:
-        return {}
-    name = asked.published.removeprefix("tfds:")
-    found = {}
-    for family, severity in asked.cells:
-        known = _TFDS_NAMES.get(family, family) if name.startswith("cifar10") else family
-        cell = _tested(f"{name}/{known}_{severity}", asked.data_dir)
-        if (cell.shape, cell.classes) != (source.shape, source.classes):
-            raise UsageError(
-                f"config.published={asked.published}: images {list(cell.shape)} of {cell.classes} "
-                f"classes: expected {list(source.shape)} of {source.classes}, as {source.name} has"
-            )
-        found[family, severity] = data.first(cell, asked.images)
-    return found
-
-
-def _tested(name: str, data_dir: str | None) -> data.Source:
-    """The one split of a TFDS data set without training images, which `data.load` would ask for."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-
-    folder = str(Path(data_dir).expanduser()) if data_dir else tfds.core.constants.DATA_DIR
-    try:
-        builder = read_only_builder.builder_from_files(name, data_dir=folder)
-        split = "test" if "test" in builder.info.splits else "validation"
-        records = builder.as_data_source(split)
-    except Exception as error:  # by what is missing or damaged, TFDS raises many kinds
-        raise UsageError(
-            f"config.published: {name} cannot be opened in {folder}: expected it prepared once, "
-            f"where TensorFlow is installed: `tfds build {name} --file_format=array_record "
-            f"--data_dir={folder}` ({' '.join(str(error).split())[:200]})"
-        ) from error
-    features = builder.info.features
-
-    def read(place: int) -> tuple[np.ndarray, int]:
-        example = records[place]
-        return np.asarray(example["image"]), int(example["label"])
-
-    label = features["label"]
-    return data.Source(
-        f"tfds:{name}", len(records), features["image"].shape, label.num_classes,
-        tuple(label.names), read,
-    )  # fmt: skip
-
-
 def measure(asked: Corruptions, models: dict[str, Model]) -> dict[str, dict[Cell, np.ndarray]]:
     """How right each model is about each image [N] of each cell, clean ones included."""
     first = next(iter(models.values())).experiment
@@ -342,7 +294,11 @@ def measure(asked: Corruptions, models: dict[str, Model]) -> dict[str, dict[Cell
                 f"expected {here.size:,} of {here.name}, {list(here.shape)}"
             )
     source = data.first(first.splits.test, asked.images or first.evaluation.images)
-    published = published_sources(asked, first.splits.test)
+    published = {}
+    if asked.published is not None:
+        name, cells = asked.published.removeprefix("tfds:"), asked.cells
+        others = published_sources(name, cells, first.splits.test, asked.data_dir)
+        published = {cell: data.first(other, asked.images) for cell, other in others.items()}
     size = round_up(asked.batch_size, devices.size)
     key = devices.replicate(jax.random.fold_in(root_key(asked.seed), JUDGE))
     parts: dict[str, dict[Cell, list[np.ndarray]]] = {name: {} for name in models}

@@ -140,7 +140,12 @@ def followed(network: Network, variables: Variables, shape: tuple[int, ...]) -> 
     A checkpoint holds those that it was trained with; traced settings make them data here.
     `network` is that of an `Assembly`, `shape` that of its images [H, W, C].
     """
-    made = network.init(jax.random.key(0), jnp.zeros((1, *shape)))["frozen"]["defence"]
+
+    # As a program, of which the classifier's weights are no part, and as a run begins.
+    def defence(key: Key, images: Array) -> Variables:
+        return network.init(key, images)["frozen"]["defence"]
+
+    made = jax.jit(defence)(jax.random.key(0), jnp.zeros((1, *shape)))
     fixed = {name: held for name, held in made.items() if name != "params"}
     frozen = variables["frozen"]
     return {**variables, "frozen": {**frozen, "defence": {**frozen["defence"], **fixed}}}

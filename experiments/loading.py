@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build
+from experiments import build, workdir
+from experiments.defended import followed
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
@@ -19,7 +20,9 @@ from rain_jax.types import PyTree
 def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
     """The variables of a run's best (or last) checkpoint, and its step.
 
-    At the condition that its evaluation asks for: whoever is given them cannot miss it.
+    Numbers that variables hold are the experiment's where they are others than the run's own: the
+    tables of its defence, and the condition that its evaluation asks for, or else its method. What
+    no variable can follow is refused, since then the shapes are others.
     """
     devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
@@ -27,7 +30,13 @@ def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
     like = jax.eval_shape(experiment.network.init, key, images)
     average = bool(experiment.config.get("average"))
     variables, step = load_like(folder, like, devices, average, experiment.evaluation.checkpoint)
-    condition = experiment.evaluation.condition
+    own, asked = workdir.read_config(folder), experiment.config
+    others = [name for name in ("defence", "ensemble") if asked[name] != own.get(name)]
+    if asked["defence"] is not None and others:
+        variables = followed(experiment.network, variables, experiment.splits.train.shape)
+    condition, deployed = experiment.evaluation.condition, asked["method"].get("deployed")
+    if condition is None and deployed != own.get("method", {}).get("deployed"):
+        condition = deployed
     return variables if condition is None else with_condition(variables, condition), step
 
 

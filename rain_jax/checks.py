@@ -44,7 +44,10 @@ def within(
     """
     if isinstance(value, jax.core.Tracer):
         return value
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of unlike lengths
+        array = np.array(None)
     bad = not np.issubdtype(array.dtype, np.number) or not bool(np.all(np.isfinite(array)))
     bad = bad or (low is not None and bool(np.any(array < low)))
     bad = bad or (high is not None and bool(np.any(array > high)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.gradients import straight_through
@@ -103,10 +104,9 @@ def choose(defences: tuple[Defence, ...], *, weights: tuple[float, ...] | None =
     there is no other way; surrogates and variables are as in `chain`.
     """
     defences = _some(defences)
-    share = (1.0,) * len(defences) if weights is None else tuple(weights)
-    if len(share) != len(defences) or sum(share) <= 0:
+    share = (1.0,) * len(defences) if weights is None else within("weights", weights, 0.0)
+    if np.shape(share) != (len(defences),) or sum(share) <= 0:
         raise UsageError(f"weights={weights!r}: expected {len(defences)} numbers, not all zero")
-    within("weights", share, 0.0)
 
     def init(key: Key, image: Image) -> Variables:
         keys = jax.random.split(key, len(defences))

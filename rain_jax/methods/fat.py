@@ -88,6 +88,7 @@ def fat(
     within("step_size", step_size, above=0.0)
     within("noise", noise, 0.0)
     within("patience", patience, 0)
+    within("milestones", milestones)
     if len(patience) != len(milestones) + 1:
         raise UsageError(f"patience={patience}: expected {len(milestones) + 1} numbers, one more "
                          f"than milestones={milestones}")  # fmt: skip

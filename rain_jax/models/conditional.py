@@ -89,11 +89,12 @@ def modulated(
 def with_condition(variables: PyTree, s: Any) -> PyTree:
     """The same variables, or model state, with the condition at `s`, behind a defence as well.
 
-    Those of a network without a condition come back as they are.
+    Those of an ensemble have one for each member, all of which are told `s`. Those of a network
+    without a condition come back as they are.
     """
 
     def value(path: Any, leaf: Any) -> Any:
         own = jax.tree_util.DictKey(_COLLECTION) in path
-        return jnp.asarray(s, jnp.float32) if own else leaf
+        return jnp.full(leaf.shape, s, jnp.float32) if own else leaf
 
     return jax.tree_util.tree_map_with_path(value, variables)

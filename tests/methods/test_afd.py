@@ -11,8 +11,8 @@ from experiments import schema
 from experiments.cli import load_config
 from rain_jax import attacks, methods, models
 from rain_jax.checks import UsageError
-from rain_jax.defences import jpeg
-from rain_jax.defences.network import in_front
+from rain_jax.defences import jpeg, vote
+from rain_jax.defences.network import ensemble, in_front
 from rain_jax.losses import soft_cross_entropy
 from rain_jax.methods.afd import against
 from rain_jax.models.conditional import FiLM, with_condition
@@ -142,6 +142,13 @@ def test_the_condition_is_one_constant_in_the_state_and_is_found_behind_a_defenc
     variables = defended.init(jax.random.key(0), IMAGES)
     told = with_condition(variables, 0.25)
     assert float(told["frozen"]["classifier"]["condition"]["s"]) == 0.25
+    fronts = [in_front(jpeg(quality=quality), FILM) for quality in (20, 80)]
+    several = ensemble(fronts, vote.vote_scores)
+    variables = several.init(jax.random.key(0), IMAGES)
+    told = with_condition(variables, 0.25)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), told, variables)
+    np.testing.assert_array_equal(told["frozen"]["classifier"]["condition"]["s"], [0.25, 0.25])
+    assert several.apply(told, IMAGES)[0].shape == (len(IMAGES), FILM.classes)
     plain = make().init(jax.random.key(0), IMAGES)
     jax.tree.map(np.testing.assert_array_equal, with_condition(plain, 0.25), plain)
 

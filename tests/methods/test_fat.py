@@ -125,6 +125,7 @@ def test_patience_grows_at_the_milestones(key):
         (dict(patience=(0, 1)), "expected 3 numbers"),
         (dict(patience=(0, -1, 2)), "patience="),
         (dict(milestones=(90.0, 50.0)), "rising epochs"),
+        (dict(milestones=("50", "90")), "milestones="),
         (dict(steps=0), "steps=0"),
         (dict(step_size=0.0), "step_size="),
         (dict(noise=-0.1), "noise="),

@@ -1,0 +1,1 @@
+"""What is compared (`subject`), who attacks it (`sides`), and the comparisons of `compare`."""

@@ -1,0 +1,154 @@
+"""What is loaded is what the config describes: trained weights behind the defence it names now."""
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import build, cli, evaluate, loading, train, workdir
+from experiments.defended import logits_fn_of
+from rain_jax import data, defences, models
+from rain_jax.checks import UsageError
+from rain_jax.defences.network import in_front, parts_of, with_parts
+from rain_jax.defences.tables import fd_table
+from rain_jax.image import standard_tables
+
+NETWORK = dict(name="cnn", widths=(4,), hidden=8, batch_norm=True, modulation="film")
+IMAGES = 40
+
+
+def trained(folder, **sections):
+    """A few steps on digits behind JPEG."""
+    scope: dict = {}
+    exec(commands.write_config(folder).read_text(), scope)
+    whole = build.plain(scope["get_config"]())
+    whole |= {"network": NETWORK, "method": {"name": "natural"}, "validation": None, **sections}
+    whole["training"] = dict(epochs=1, batch_size=64)
+    whole["parallel"] = dict(devices=1)
+    whole["evaluation"] = dict(images=IMAGES, checks=False, attacks=dict(fgsm=dict(name="fgsm")))
+    train.main(build.config(**whole), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("single"), defence=dict(name="jpeg", quality=10))
+
+
+@pytest.fixture(scope="module")
+def voting(tmp_path_factory):
+    return trained(
+        tmp_path_factory.mktemp("voting"),
+        defence=dict(name="nn_jpeg"),
+        ensemble=dict(key="defence.level", values=(10.0, 40.0)),
+    )
+
+
+def loaded(folder, *changes):
+    experiment = build.experiment(build.changed(workdir.read_config(folder), changes))
+    return experiment, loading.load(experiment, folder)[0]
+
+
+def logits_of(experiment, variables):
+    (batch,) = data.evaluation_batches(data.first(experiment.splits.test, IMAGES), IMAGES)
+    images = data.as_float(batch.image)
+    model = logits_fn_of(experiment.network)(variables)
+    return np.asarray(jax.jit(jax.vmap(model, (None, 0)))(jax.random.key(0), images))
+
+
+def afresh(defence, trained, shape):
+    """A defence as it has just been made, around a classifier that has been trained."""
+    options = {key: value for key, value in NETWORK.items() if key != "name"}
+    network = in_front(defence, models.cnn(10, **options))
+    made = network.init(jax.random.key(5), jnp.zeros((1, *shape)))
+    whole = parts_of(made)
+    return network, with_parts(made, {**whole, "classifier": parts_of(trained)["classifier"]})
+
+
+def test_a_changed_quality_takes_effect_and_the_weights_stay(run):
+    experiment, own = loaded(run)
+    there = logits_of(experiment, own)
+    for quality in (10, 90):
+        changed, variables = loaded(run, ("defence.quality", quality))
+        shape = experiment.splits.train.shape
+        network, expected = afresh(defences.jpeg(quality=quality), own, shape)
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+        found = logits_of(changed, variables)
+        np.testing.assert_array_equal(
+            found, logits_of(experiment._replace(network=network), expected)
+        )
+        assert (np.abs(found - there).max() > 0.1) == (quality != 10)
+
+
+def test_another_kind_of_table_takes_effect_too(run):
+    _, variables = loaded(run, ("defence.name", "nn_jpeg"), ("defence.level", 60.0))
+    tables = variables["frozen"]["defence"]["tables"]
+    np.testing.assert_array_equal(tables["luma"], fd_table(60.0)[0])
+
+
+def test_the_command_measures_the_changed_defence(run, tmp_path):
+    """The run's own folder, its quality typed: what the README promises of `--config.KEY`."""
+    seen = {}
+    for quality in (10, 90):
+        cli.run(
+            evaluate.main, workdir.read_config,
+            ["evaluate", f"--workdir={run}", f"--config.defence.quality={quality}"],
+        )  # fmt: skip
+        with np.load(run / "verdicts.npz") as verdicts:
+            seen[quality] = verdicts["clean/margin"]
+        experiment, variables = loaded(run, ("defence.quality", quality))
+        logits = logits_of(experiment, variables)
+        labels = np.array([experiment.splits.test.read(n)[1] for n in range(IMAGES)])
+        own = np.eye(10, dtype=bool)[labels]
+        lead = np.where(own, -np.inf, logits).max(axis=1) - logits[own]
+        np.testing.assert_allclose(seen[quality], lead, atol=1e-4)
+    assert np.any(np.abs(seen[10] - seen[90]) > 0.1)
+
+
+def test_a_changed_condition_takes_effect_whoever_asks_for_it(run):
+    afd = dict(name="afd", attack=dict(name="fgsm"), deployed=0.5)
+    for changes, expected in (
+        ([], 1.0),
+        ([("method", afd)], 0.5),
+        ([("evaluation.condition", 0.25)], 0.25),
+        ([("method", afd), ("evaluation.condition", 0.25)], 0.25),
+    ):
+        _, variables = loaded(run, *changes)
+        assert float(variables["frozen"]["classifier"]["condition"]["s"]) == expected
+
+
+def test_what_no_variable_can_follow_is_refused(run):
+    with pytest.raises(UsageError, match="of another network") as found:
+        loaded(run, ("defence", dict(name="shield")))
+    assert "\n" not in str(found.value)
+
+
+def test_the_tables_of_a_run_stay_as_they_were_saved(run, monkeypatch):
+    """Statistics are files, which may have been written anew: a run keeps to its own tables."""
+    monkeypatch.setattr(loading, "followed", None)
+    _, variables = loaded(run)
+    tables = variables["frozen"]["defence"]["tables"]
+    np.testing.assert_array_equal(tables["luma"], standard_tables(10)[0])
+
+
+def test_members_follow_their_values_and_are_told_one_condition(voting):
+    shape = loaded(voting)[0].splits.train.shape
+    values = ("ensemble.values", (10.0, 90.0))
+    condition = ("evaluation.condition", 0.25)
+    _, own = loaded(voting)
+    experiment, variables = loaded(voting, values, condition)
+    tables = variables["frozen"]["defence"]["tables"]["luma"]
+    np.testing.assert_array_equal(tables, [fd_table(level)[0] for level in (10, 90)])
+    told = variables["frozen"]["classifier"]["condition"]["s"]
+    np.testing.assert_array_equal(told, np.float32([0.25, 0.25]))
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], own["params"])
+    # The second member alone is what is built with its quality.
+    members = experiment.assembly.through("member:1")
+    second = jax.tree.map(lambda leaf: leaf[1], variables)
+    network, expected = afresh(defences.nn_jpeg(level=90.0), second, shape)
+    np.testing.assert_allclose(
+        logits_of(experiment._replace(network=members), variables),
+        logits_of(experiment._replace(network=network), expected),
+        atol=1e-5,
+    )
