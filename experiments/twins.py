@@ -26,17 +26,19 @@ _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "softplus": n
 def twin(network: Mapping[str, Any], variables: Variables) -> nn.Module:
     """The PyTorch twin of a network of ours: images [B, C, H, W] in [0, 1] to logits [B, K].
 
-    `network` is the config's section, "cnn" or one of `_BLOCKS`; `variables` are the parameters and
+    `network` is the config's section, one of `_CNNS` or `_BLOCKS`; `variables` are parameters and
     running averages. The twin normalises inside, is in evaluation mode, and its weights are frozen,
     so that no attack spends time on their gradients.
     """
-    name = one_of("network.name", network["name"], ("cnn", *_BLOCKS))
-    for option, known in ("dtype", "float32"), ("stem", "cifar"), ("variant", "paper"):
+    name = one_of("network.name", network["name"], (*_CNNS, *_BLOCKS))
+    usual = dict(dtype="float32", stem="cifar", variant="paper", padding="VALID")
+    for option, known in usual.items():
         if network.get(option, known) != known:
             raise UsageError(f"network.{option}={network[option]!r}: expected {known} for a twin")
     weights = _Weights(variables["params"], variables.get("batch_stats", {}))
     activation = _ACTIVATIONS[network.get("activation", "relu")]
-    layers = _cnn(weights, activation) if name == "cnn" else _resnet(weights, activation, name)
+    made = _CNNS.get(name)
+    layers = made(weights, activation) if made else _resnet(weights, activation, name)
     whole = _Whole(network.get("mean", 0.0), network.get("std", 1.0), layers)
     return whole.eval().requires_grad_(False)
 
@@ -64,8 +66,11 @@ class _Weights(NamedTuple):
     def inside(self, name: str) -> "_Weights":
         return _Weights(self.params[name], self.stats.get(name, {}))
 
-    def layer(self, name: str, stride: int = 1) -> nn.Module:
-        """The batch normalisation, dense layer or convolution that these arrays belong to."""
+    def layer(self, name: str, stride: int = 1, valid: bool = False) -> nn.Module:
+        """The batch normalisation, dense layer or convolution that these arrays belong to.
+
+        A `valid` convolution has no padding.
+        """
         params, stats = self.inside(name)
         tensors = {k: torch.tensor(np.asarray(v)) for k, v in {**params, **stats}.items()}
         made: nn.Module
@@ -81,7 +86,7 @@ class _Weights(NamedTuple):
             else:
                 # Ours name the pixels around: as many on all sides, one for 3x3 and for 4x4.
                 size, _, ins, outs = kernel.shape
-                around = (size - 1) // 2
+                around = 0 if valid else (size - 1) // 2
                 made = nn.Conv2d(ins, outs, size, stride, around, bias="bias" in tensors)
                 tensors["weight"] = kernel.permute(3, 2, 0, 1)
         made.load_state_dict({**made.state_dict(), **tensors})
@@ -102,13 +107,23 @@ def _cnn(weights: _Weights, activation: Activation) -> list[nn.Module]:
         if f"norm{place}" in weights.params:
             layers.append(weights.layer(f"norm{place}"))
         layers.append(activation())
-    return [
-        *layers,
-        _Flatten(),
-        weights.layer("dense1"),
-        activation(),
-        weights.layer("classifier"),
-    ]
+    return layers + _dense(weights, activation, 1)
+
+
+def _small_cnn(weights: _Weights, activation: Activation) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for place in range(1, 5):
+        layers += [weights.layer(f"conv{place}", valid=True), activation()]
+        layers += [nn.MaxPool2d(2)] if place in (2, 4) else []
+    return layers + _dense(weights, activation, 2)
+
+
+def _dense(weights: _Weights, activation: Activation, count: int) -> list[nn.Module]:
+    hidden = [(weights.layer(f"dense{place + 1}"), activation()) for place in range(count)]
+    return [_Flatten(), *(layer for pair in hidden for layer in pair), weights.layer("classifier")]
+
+
+_CNNS = {"cnn": _cnn, "small_cnn": _small_cnn}
 
 
 class _Block(nn.Module):
@@ -137,7 +152,10 @@ class _Preact(_Block):
         return (self.shortcut(ready) if len(self.shortcut) else x) + y
 
 
-_BLOCKS = {"preact_resnet": _Preact, "preact_resnet18": _Preact, "resnet18": _Basic}
+_BLOCKS = {
+    "preact_resnet": _Preact, "preact_resnet18": _Preact, "resnet18": _Basic,
+    "wide_resnet": _Preact, "wrn_28_10": _Preact, "wrn_34_10": _Preact,
+}  # fmt: skip
 
 
 def _resnet(weights: _Weights, activation: Activation, name: str) -> list[nn.Module]:

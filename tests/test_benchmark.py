@@ -1,9 +1,10 @@
-"""PyTorch twins compute what our defences do, and the benchmark tells what it measured."""
+"""PyTorch twins of upscalers and of RAIN, the clock, and the benchmark's command."""
 
 import importlib.util
 import json
 import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, cli
-from experiments.bench_clock import Row, Side, measure
+from experiments.benching import show
+from experiments.benching.clock import Peaks, Program, Row, Side, measure, ready
 from rain_jax.defences import rain
 from rain_jax.image import random_pick
 from rain_jax.models import imports, upscalers
@@ -140,6 +142,10 @@ def test_the_twin_of_rain_draws_every_shift_and_none_further():
 # --- The clock --------------------------------------------------------------------------------
 
 
+def added():
+    return Program(jnp.sum, (jnp.ones(3),))
+
+
 def test_a_line_tells_ratios_differences_and_counted_work():
     ours = jnp.ones((64, 64))
 
@@ -149,11 +155,19 @@ def test_a_line_tells_ratios_differences_and_counted_work():
         return result
 
     row = Row(
-        "matrices", lambda a: a @ a, (ours,),
+        "matrices",
+        lambda: Program(lambda a: a @ a, (ours,)),
         {"NumPy": lambda: Side(twice_the_work, lambda found: [1.5 * found])},
-    )  # fmt: skip
-    line = measure(row, 3, 0.0)
-    assert line["gflop"] == pytest.approx(2 * 64**3 / 1e9, rel=0.05)
+        images=64,
+        bytes=2 * ours.nbytes,
+    )
+    line = measure(row, 3, 0.0, Peaks({"float32": 2.0}, 1000.0))
+    assert line["gflop"] == 2 * 64**3 / 1e9
+    assert line["peak_bytes"] >= 2 * ours.nbytes
+    seconds = line["ours_milliseconds"][0] / 1000
+    assert line["images_per_second"][0] == pytest.approx(64 / seconds)
+    assert line["peak_fraction"][0] == pytest.approx(line["gflop"] / seconds / 2)
+    assert line["copy_fraction"][0] == pytest.approx(2 * ours.nbytes / seconds / 1000)
     told = line["peers"]["NumPy"]
     assert told["difference"] == [pytest.approx(0.5)]
     for spread in told["wall"], told["cpu"], line["ours_milliseconds"]:
@@ -170,11 +184,16 @@ def test_turns_are_as_long_as_asked_and_ratios_are_theirs_over_ours(seconds):
         naps.append(time.sleep(0.01))
 
     peers = {"sleeper": lambda: Side(nap, list)}
-    line = measure(Row("sum", jnp.sum, (jnp.ones(3),), peers, alike=False), 2, seconds)
+    line = measure(Row("sum", added, peers, alike=False), 2, seconds)
     assert line["peers"]["sleeper"]["wall"][0] > 10
     assert "difference" not in line["peers"]["sleeper"]
     # Once to see that it works, once to see how long it takes, and two turns.
     assert len(naps) == 4 if seconds == 0 else len(naps) > 4
+
+
+def test_the_results_of_a_carried_program_begin_the_next_call():
+    side, _ = ready(Program(lambda n, by: (n + by, 10 * n), (jnp.int32(1), 2), carried=True))
+    assert [int(side.wait(side.call())) for _ in range(3)] == [10, 30, 50]
 
 
 def test_a_peer_that_is_missing_or_fails_is_a_line():
@@ -185,22 +204,46 @@ def test_a_peer_that_is_missing_or_fails_is_a_line():
         return Side(lambda: 1 / 0, list)
 
     peers = {"missing": missing, "broken": broken}
-    line = measure(Row("sum", jnp.sum, (jnp.ones(3),), peers), 1, 0.0)
+    line = measure(Row("sum", added, peers), 1, 0.0)
     assert line["peers"]["missing"] == {"absent": "not installed: No module named 'torch'"}
     assert line["peers"]["broken"] == {"absent": "fails: division by zero"}
-    assert [row[:3] for row in benchmark.cells({**line, "what": "sum"})] == [
+    assert [row[:3] for row in show.cells(line)] == [
         ["sum", name, told["absent"]] for name, told in line["peers"].items()
     ]
 
 
 # --- The command ------------------------------------------------------------------------------
 
-TINY = {
-    "edsr": ["--config.edsr.networks=((1,4),)", "--config.edsr.images=(2,8)",
-             "--config.edsr.compiled=False"],
-    "jpeg": ["--config.jpeg.images=((2,16),)"],
-    "rain": ["--config.rain.blocks=1", "--config.rain.width=4", "--config.rain.images=(2,16)"],
+SMALL = {
+    "checkpoint": dict(model="cnn", size=8, saves=2),
+    "compile": dict(networks=("cnn",), batch_sizes=(2,), size=8, attack_steps=2),
+    "data": dict(images=((4, 16),), batches=3),
+    "dispatch": dict(model="cnn", methods=("pgd",), batch_size=2, count=2, size=8, attack_steps=2),
+    "edsr": dict(networks=((1, 4),), images=(2, 8), compiled=False),
+    "evaluation": dict(model="cnn", images=2, size=8, pgd_steps=2, apgd_steps=2),
+    "jpeg": dict(images=((2, 16),)),
+    "peak": dict(size=256, megabytes=1),
+    "rain": dict(blocks=1, width=4, images=(2, 16)),
+    "steps": dict(networks=("cnn",), batch_sizes=(2,), methods=(("natural", "sense"),), size=8,
+                  attack_steps=2, compiled=False),
+    "sweep": dict(model="cnn", images=2, size=8, radii=(0.03, 0.1), draws=2, steps=2),
 }  # fmt: skip
+# Beside the three of "peak"; the packages that peers need; and whether results are compared.
+LINES = {"checkpoint": 1, "compile": 1, "data": 3, "dispatch": 1, "edsr": 2, "evaluation": 2,
+         "jpeg": 3, "peak": 0, "rain": 2, "steps": 2, "sweep": 1}  # fmt: skip
+NEEDS = {"Pillow": "PIL", "kornia": "kornia", "PyTorch": "torch", "torchattacks": "torchattacks"}
+DRAWN = ("data", "evaluation", "rain")
+
+CACHE_HITS = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: CACHE_HITS.append(event) if event.endswith("cache_hits") else None
+)
+
+
+def small(suite):
+    sections = {name: SMALL[name] for name in {suite, "peak"}}
+    return [f"--config.{n}.{key}={value!r}" for n, some in sections.items()
+            for key, value in some.items()]  # fmt: skip
 
 
 def command(*arguments):
@@ -210,42 +253,78 @@ def command(*arguments):
 
 @pytest.mark.parametrize("suite", benchmark.SUITES)
 def test_the_command_prints_a_table_and_writes_json(suite, tmp_path, capsys):
+    before, hits = dict(jax.config.values), len(CACHE_HITS)
     limits = ["--config.rounds=2", "--config.seconds=0"]
-    command(f"--config.suite={suite}", f"--workdir={tmp_path / 'new'}", *limits, *TINY[suite])
+    command(f"--config.suite={suite}", f"--workdir={tmp_path / 'new'}", *limits, *small(suite))
     found = json.loads((tmp_path / "new" / "benchmark.json").read_text())
-    assert set(found["asked"]) == {"suite", "rounds", "seconds", suite}
+    assert set(found["asked"]) == {"suite", "rounds", "seconds", "profile", "peak", suite}
     assert found["provenance"]["versions"]["jax"] == jax.__version__
     assert found["threads"] >= 1
     shown = capsys.readouterr().out
     assert "peer / ours" in shown
     lines = found["lines"]
-    assert len(lines) == {"edsr": 2, "jpeg": 3, "rain": 2}[suite]
+    assert len(lines) == 3 + LINES[suite]
+    measured = 0
     for line in lines:
         assert line["what"] in shown
-        assert line["gflop"] > 0
-        for peer, told in line["peers"].items():
-            package = {"Pillow": "PIL", "kornia": "kornia"}.get(peer, "torch")
-            if importlib.util.find_spec(package) is None:
+        assert 0 < line.get("peak_fraction", [1.0])[0] < 1.5
+        for peer, told in line.get("peers", {}).items():
+            if peer in NEEDS and importlib.util.find_spec(NEEDS[peer]) is None:
                 assert told["absent"].startswith("not installed")
                 continue
+            measured += 1
             assert told["wall"][0] > 0
-            assert ("difference" in told) == (suite != "rain")
-            if suite == "edsr":
-                assert max(told["difference"]) < 1e-4  # the result, and the gradient to the image
+            assert ("difference" in told) == (suite not in DRAWN)
+            if suite in ("edsr", "steps"):
+                assert max(told["difference"]) < 1e-4
+            if suite in ("dispatch", "sweep"):  # ours beside ours
+                assert max(told["difference"]) < 1e-5
             if peer == "Pillow":
                 assert max(told["difference"]) < 1e-2
-    assert jax.config.values["jax_enable_compilation_cache"]
+    if suite == "compile":
+        assert len(CACHE_HITS) > hits  # the second time it came out of the cache
+        for entry in lines[-1]["empty_cache"], lines[-1]["warm_cache"]:
+            parts = [entry[part] for part in ("trace", "compile", "run")]
+            assert min(parts) > 0
+            assert sum(parts) == pytest.approx(entry["seconds"])
+    if suite not in ("checkpoint", "compile", "data"):
+        assert all(line["gflop"] > 0 for line in lines if not line["what"].startswith("copy"))
+    assert (tmp_path / "new" / "benchmark.png").is_file() == (measured > 0)
+    assert not (tmp_path / "new" / "scratch").exists()
+    assert dict(jax.config.values) == before
+
+
+def test_a_profile_is_a_trace_for_every_line(tmp_path):
+    short = ["--config.rounds=1", "--config.seconds=0", *small("peak")]
+    command("--config.suite=peak", "--config.profile", f"--workdir={tmp_path}", *short)
+    lines = json.loads((tmp_path / "benchmark.json").read_text())["lines"]
+    assert len({line["profile"] for line in lines}) == 3
+    for line in lines:
+        assert list(Path(line["profile"]).rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("suite=jpge", "config.suite='jpge': expected one of all, edsr, jpeg, rain; did you mean"),
+        (
+            "suite=jpge",
+            "config.suite='jpge': expected one of all, checkpoint, .*did you mean 'jpeg'",
+        ),
         ("rouns=3", "config.rouns: no such key: .*did you mean 'rounds'"),
         ("rounds=0", r"config.rounds=0: expected a number in \[1, inf\)"),
         ("jpeg.qualty=3", "config.jpeg.qualty: no such key: .*did you mean 'quality'"),
         ("jpeg.quality=0", "config.jpeg.quality=0"),
         ("edsr.images=(4,)", "config.edsr.images"),
+        (
+            "steps.batch_sizes=(4,)",
+            r"config.steps.batch_sizes=\(4,\): expected one for each of the 2",
+        ),
+        ("steps.networks=('smal_cnn','cnn')", "config.steps.networks='smal_cnn'.*'small_cnn'"),
+        ("steps.methods=(('pdg',),('pgd',))", "config.steps.methods.*did you mean 'pgd'"),
+        ("sweep.model=cnnn", "config.sweep.model='cnnn': .*did you mean 'cnn'"),
+        ("dispatch.count=1", r"config.dispatch.count=1: expected a number in \[2, inf\)"),
+        ("data.workers=-1", "config.data.workers=-1"),
+        ("profile=3", "config.profile=3: expected True or False"),
         ("rain.images=(4,0)", r"config.rain.images=\(4, 0\): expected a number in \[1, inf\)"),
     ],
 )

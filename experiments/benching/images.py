@@ -1,8 +1,7 @@
-"""What is measured beside other libraries: a suite is a function that makes `Row`s.
+"""Images to images, beside other libraries: JPEG, EDSR and RAIN.
 
-Its arguments are its section of the config. Sizes are such that all of them together take minutes
-on two cores. "With gradient" is a forward pass, whose result is kept, and a backward pass to the
-image.
+A suite is a function that makes `Row`s, and its arguments are its section of the config. "With
+gradient" is a forward pass, whose result is kept, and a backward pass to the image.
 """
 
 import importlib
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench_clock import Row, Side, cpus
+from experiments.benching.clock import Program, Row, Side, cpus
 from rain_jax.checks import one_of, within
 from rain_jax.defences import rain as rain_defence
 from rain_jax.image import jpeg as round_trip
@@ -40,7 +39,7 @@ def jpeg(
     within("quality", quality, 1, 100)
     tables, rows = standard_tables(quality), []
     for count, size in images:
-        pixels = _pictures(count, size)
+        pixels = pictures(count, size)
         what = f"jpeg, {count} x {size}x{size}"
 
         def ours(subsampling: Any, rounding: Any, batch: Array, *tables: Array) -> Array:
@@ -53,14 +52,15 @@ def jpeg(
             if subsampling == "420":
                 peers["kornia"] = partial(_kornia, pixels, quality, None)
             hard = partial(ours, subsampling, "hard")
-            rows.append(Row(f"{what}, {subsampling}", hard, arguments, peers))
+            rows.append(_row(f"{what}, {subsampling}", hard, arguments, peers, count))
         slope = _direction(pixels.shape)
         rows.append(
-            Row(
+            _row(
                 f"{what}, 420, with gradient",
                 partial(_with_gradient, partial(ours, "420", "cubic")),
                 (jnp.asarray(slope), *arguments),
                 {"kornia": partial(_kornia, pixels, quality, slope)},
+                count,
             )
         )
     return rows
@@ -77,7 +77,7 @@ def edsr(
     `compiled` has torch.compile as a peer too, where there is a gradient.
     """
     count, size = within("images", images, 1)
-    pixels, rows = _pictures(count, size), []
+    pixels, rows = pictures(count, size), []
     for blocks, width in networks:
         network = upscalers.edsr(blocks=blocks, width=width)
         what = f"edsr {blocks} x {width}, {count} x {size}x{size}"
@@ -104,7 +104,7 @@ def rain(
     Ours draws a shift for each image, the authors' code, as the peer has it, one for the batch.
     """
     count, size = within("images", images, 1)
-    pixels = _pictures(count, size)
+    pixels = pictures(count, size)
     defence = rain_defence(upscalers.edsr(blocks=blocks, width=width))
     variables = defence.init(jax.random.key(0), jnp.asarray(pixels[0]))
     keys = jax.random.split(jax.random.key(1), count)
@@ -140,15 +140,21 @@ def _both_ways(
     if compiled:
         peers["torch.compile"] = partial(_torch, twin, pixels, slope, True)
     return [
-        Row(what, ours, (batch, *arguments), eager, alike),
-        Row(
+        _row(what, ours, (batch, *arguments), eager, count, alike),
+        _row(
             f"{what}, with gradient", partial(_with_gradient, ours),
-            (jnp.asarray(slope), batch, *arguments), peers, alike,
+            (jnp.asarray(slope), batch, *arguments), peers, count, alike,
         ),
     ]  # fmt: skip
 
 
-def _pictures(count: int, size: int) -> np.ndarray:
+def _row(
+    what: str, function: Function, arguments: Any, peers: Any, images: int, alike: bool = True
+) -> Row:
+    return Row(what, lambda: Program(function, arguments), peers, alike, images)
+
+
+def pictures(count: int, size: int) -> np.ndarray:
     """[count, size, size, 3] in [0, 1], whole multiples of 1/255: smooth, with some noise."""
     draw = np.random.default_rng(0)
     place = np.linspace(0, 2 * np.pi, size, dtype=np.float32)
@@ -181,7 +187,7 @@ def _pillow(pixels: np.ndarray, quality: int, subsampling: str) -> Side:
     image = importlib.import_module("PIL.Image")
     known = one_of("subsampling", subsampling, ("444", "420"))
     options = dict(format="JPEG", quality=quality, subsampling={"444": 0, "420": 2}[known])
-    pictures = np.round(255 * pixels).astype(np.uint8)
+    levels = np.round(255 * pixels).astype(np.uint8)
 
     def one(picture: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
@@ -189,7 +195,7 @@ def _pillow(pixels: np.ndarray, quality: int, subsampling: str) -> Side:
         return np.asarray(image.open(file))
 
     return Side(
-        lambda: [one(picture) for picture in pictures],
+        lambda: [one(picture) for picture in levels],
         lambda found: [np.stack(found).astype(np.float32) / 255],
     )
 
@@ -197,7 +203,7 @@ def _pillow(pixels: np.ndarray, quality: int, subsampling: str) -> Side:
 def _kornia(pixels: np.ndarray, quality: int, slope: np.ndarray | None) -> Side:
     torch = importlib.import_module("torch")
     codec = importlib.import_module("kornia.enhance").jpeg_codec_differentiable
-    asked = torch.tensor([float(quality)], device=_device(torch))
+    asked = torch.tensor([float(quality)], device=device_of(torch))
     return _torch_side(lambda images: codec(images, asked), pixels, slope, channels_last=False)
 
 
@@ -206,7 +212,7 @@ def _torch(
 ) -> Side:
     torch = importlib.import_module("torch")
     # The faster of the two layouts on CPU, and ours.
-    module = twin().to(_device(torch), memory_format=torch.channels_last)
+    module = twin().to(device_of(torch), memory_format=torch.channels_last)
     return _torch_side(torch.compile(module) if compiled else module, pixels, slope)
 
 
@@ -219,7 +225,8 @@ def _torch_side(
     """A function of images [B, C, H, W], with the gradient of <slope, result> if there is one."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(cpus())
-    device = _device(torch)
+    device = device_of(torch)
+    wait, memory = waiting(torch)
 
     def there(array: np.ndarray) -> Any:
         moved = torch.tensor(array, device=device).permute(0, 3, 1, 2)
@@ -233,17 +240,28 @@ def _torch_side(
     def call() -> Any:
         with torch.set_grad_enabled(slope is not None):
             result = function(images)
-        found = [result] if slope is None else [result, *torch.autograd.grad(result, images, back)]
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return found
+        return [result] if slope is None else [result, *torch.autograd.grad(result, images, back)]
 
     def read(found: Any) -> list[np.ndarray]:
         return [np.moveaxis(tensor.detach().cpu().numpy(), 1, -1) for tensor in found]
 
-    return Side(call, read)
+    return Side(call, read, wait, memory)
 
 
-def _device(torch: Any) -> str:
+def waiting(torch: Any) -> tuple[Callable[[Any], Any], Callable[[], int | None]]:
+    """`Side.wait` and `Side.memory` of PyTorch, which counts bytes on a GPU alone, from now on."""
+    if device_of(torch) == "cpu":
+        return (lambda found: found), (lambda: None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+
+    def wait(found: Any) -> Any:
+        torch.cuda.synchronize()
+        return found
+
+    return wait, lambda: torch.cuda.max_memory_allocated() - before
+
+
+def device_of(torch: Any) -> str:
     """Where ours runs, if PyTorch can be there too."""
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"

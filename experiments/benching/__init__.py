@@ -1,0 +1,1 @@
+"""What `experiments.benchmark` measures, and the clock that it measures with."""

@@ -1,0 +1,67 @@
+"""The multiplications and additions of a program, counted in what was traced.
+
+Compilers count the body of a loop once, however often it runs; an attack is a loop.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.extend.core
+import numpy as np
+
+
+def gflop_of(program: Any) -> float | None:
+    """Billions of multiplications and additions in the products and convolutions of a jaxpr.
+
+    Those with padding, or with the zeros of a dilation, are left out where the convolution itself
+    has them, and so is whatever no result depends on: either gradient of a convolution counts as
+    much as the convolution. Loops count as often as they run, but once where only the data tell how
+    often; of branches the longest counts. None where there are no products at all.
+    """
+    return _flops(program.jaxpr) / 1e9 or None
+
+
+def _flops(program: Any) -> float:
+    from jax.interpreters import partial_eval
+
+    program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    total = 0.0
+    for line in program.eqns:
+        name, params = line.primitive.name, line.params
+        shapes = [getattr(v.aval, "shape", ()) for v in line.invars]
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += 2 * math.prod(line.outvars[0].aval.shape) * math.prod(
+                shapes[0][axis] for axis in contracted
+            )  # fmt: skip
+            continue
+        if name == "conv_general_dilated":
+            total += _convolution(shapes, params)
+            continue
+        inner = [
+            _flops(getattr(part, "jaxpr", part))
+            for part in jax.extend.core.jaxprs_in_params(params)
+        ]
+        if inner:
+            whole = max(inner) if name == "cond" else sum(inner)
+            total += whole * (params["length"] if name == "scan" else 1)
+    return total
+
+
+def _convolution(shapes: list[tuple[int, ...]], params: dict[str, Any]) -> float:
+    left, right, _ = params["dimension_numbers"]
+    image, kernel = shapes[:2]
+    meetings = 1  # of a kernel's pixel and an image's
+    for place in range(len(left) - 2):
+        size, span = image[left[place + 2]], kernel[right[place + 2]]
+        low, high = params["padding"][place]
+        stride, spread = params["window_strides"][place], params["lhs_dilation"][place]
+        reach = params["rhs_dilation"][place]
+        width = (size - 1) * spread + 1
+        first = np.arange(-low, width + high - (span - 1) * reach, stride)
+        pixels = first[:, None] + reach * np.arange(span)[None]
+        meetings *= int(np.sum((pixels >= 0) & (pixels < width) & (pixels % spread == 0)))
+    # A kernel knows the channels of its own group alone.
+    pairs = kernel[right[0]] * kernel[right[1]]
+    return 2.0 * image[left[0]] * pairs * meetings / params["batch_group_count"]

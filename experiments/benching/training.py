@@ -1,0 +1,261 @@
+"""Training steps: beside PyTorch's, and several in one dispatch."""
+
+import importlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.benching.clock import Program, Row, Side
+from experiments.benching.images import pictures
+from experiments.benching.recipe import (
+    BETA,
+    DECAY,
+    FAST_STEP,
+    LEARNING_RATE,
+    MOMENTUM,
+    NEARBY,
+    RADIUS,
+    STEP_SIZE,
+    THRESHOLD,
+)
+from experiments.schema import call, registered
+from rain_jax import attacks, methods, models, norms, optimisers, training
+from rain_jax.checks import UsageError, one_of, within
+from rain_jax.losses import kl
+from rain_jax.parallel import image_keys
+from rain_jax.types import Array, Batch, Key, Method, Metrics, Network, Objective, Threat, Variables
+
+Which = Literal["natural", "pgd", "trades", "sense", "fast"]
+Dtype = Literal["float32", "bfloat16"]
+CLASSES = 10
+THREAT = Threat(norms.linf, RADIUS)
+
+
+def steps(
+    *,
+    networks: tuple[str, ...] = ("small_cnn", "resnet18"),
+    batch_sizes: tuple[int, ...] = (64, 8),
+    methods: tuple[tuple[Which, ...], ...] = (
+        ("natural", "pgd", "trades", "sense", "fast"),
+        ("natural", "pgd"),
+    ),
+    size: int = 32,
+    attack_steps: int = 10,
+    dtype: Dtype = "float32",
+    compiled: bool = True,
+) -> list[Row]:
+    """One training step of each of the `methods` of each network: passes, attack, optimiser.
+
+    On one batch of images of `size` pixels a side, over and over; SGD with momentum and decay.
+    "pgd" and "fast" are `adversarial` with PGD and with FGSM from a uniform start; in all attacks
+    batch normalisation uses its running averages. Both sides' first attacks begin at the same
+    images, and the losses there are compared. In bfloat16 PyTorch has its autocast. `compiled` has
+    torch.compile as a peer too.
+    """
+    rows = []
+    for workload, names in matched("methods", networks, batch_sizes, methods, size, dtype):
+        for name in names:
+            peer = partial(_torch, workload, name, attack_steps)
+            peers = {"PyTorch": partial(peer, False)}
+            if compiled:
+                peers["torch.compile"] = partial(peer, True)
+            rows.append(
+                Row(
+                    f"step, {said(name, attack_steps)}, {workload}",
+                    partial(workload.program, name, attack_steps),
+                    peers,
+                    images=workload.batch_size,
+                    dtype=dtype,
+                )
+            )
+    return rows
+
+
+def dispatch(
+    *,
+    model: str = "small_cnn",
+    batch_size: int = 16,
+    methods: tuple[Which, ...] = ("natural", "pgd"),
+    count: int = 8,
+    size: int = 32,
+    attack_steps: int = 10,
+    dtype: Dtype = "float32",
+) -> list[Row]:
+    """`count` training steps in one program, beside as many dispatches of one."""
+    within("count", count, 2)
+    workload = Workload(known(model, "model"), batch_size, size, dtype)
+    rows = []
+    for name in methods:
+        several = partial(workload.program, name, attack_steps, count)
+        rows.append(
+            Row(
+                f"{count} steps, {said(name, attack_steps)}, {workload}",
+                several,
+                {"one by one": partial(_one_by_one, workload, name, attack_steps, count)},
+                images=count * batch_size,
+                dtype=dtype,
+            )
+        )
+    return rows
+
+
+class Workload(NamedTuple):
+    """A network, by its name, and the batch that it learns from."""
+
+    network: str
+    batch_size: int
+    size: int
+    dtype: str
+    stem: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.batch_size} x {self.size}x{self.size}"
+
+    @property
+    def made(self) -> Network:
+        maker = registered("network", models, self.network)
+        spec = {"dtype": self.dtype} | ({"stem": self.stem} if self.stem else {})
+        return call("network", maker, spec, classes=CLASSES)
+
+    @property
+    def variables(self) -> Variables:
+        return self.made.init(jax.random.key(0), jnp.zeros((1, self.size, self.size, 3)))
+
+    @property
+    def batch(self) -> Batch:
+        labels = np.random.default_rng(0).integers(0, CLASSES, self.batch_size, np.int32)
+        return Batch(
+            jnp.asarray(pictures(self.batch_size, self.size)), jnp.asarray(labels),
+            jnp.arange(self.batch_size, dtype=jnp.int32), jnp.ones(self.batch_size, bool),
+        )  # fmt: skip
+
+    def method(self, name: str, attack_steps: int) -> Method:
+        optimiser = optimisers.sgd(
+            optax.constant_schedule(LEARNING_RATE), momentum=MOMENTUM, weight_decay=DECAY
+        )
+        return training.minimise(objective(name, self.made, attack_steps), optimiser)
+
+    def program(self, name: str, attack_steps: int, count: int = 1) -> Program:
+        """So many steps; its results are the sums of metrics of each."""
+        method = self.method(name, attack_steps)
+
+        def several(state: training.TrainState, key: Key, batch: Batch) -> tuple[Any, Metrics]:
+            if count == 1:
+                return method.step(key, state, batch)
+            return jax.lax.scan(
+                lambda state, _: method.step(key, state, batch), state, length=count
+            )
+
+        state = jax.jit(method.init)(self.variables)
+        return Program(several, (state, jax.random.key(1), self.batch), True, mean_loss)
+
+
+def objective(name: str, network: Network, attack_steps: int) -> Objective:
+    """What a method of this suite minimises."""
+    climb: Any = partial(attacks.pgd, THREAT, steps=attack_steps, step_size=STEP_SIZE, keep="last")
+    match one_of("methods", name, ("natural", "pgd", "trades", "sense", "fast")):
+        case "natural":
+            return methods.natural(network)
+        case "pgd":
+            return methods.adversarial(network, climb())
+        case "trades":
+            return methods.trades(network, climb(loss=kl, start="normal"), beta=BETA)
+        case "sense":
+            return methods.sense(
+                network, THREAT, threshold=THRESHOLD, steps=attack_steps, step_size=STEP_SIZE,
+                warmup=0.0,
+            )  # fmt: skip
+        case _:
+            attack: Any = attacks.fgsm(THREAT, start="uniform", step_size=FAST_STEP)
+            return methods.adversarial(network, attack)
+
+
+def starts(name: str, batch: Batch, count: int = 1) -> list[np.ndarray]:
+    """Where the attacks of the first `count` steps of a `Workload.program` begin, [B, H, W, C]."""
+    found: list[np.ndarray] = []
+    for number in range(0 if name == "natural" else count):
+        keys = image_keys(jax.random.fold_in(jax.random.key(1), number), batch.index)
+        # As `attacks.pgd` and `methods.sense` split theirs: the first draws the start.
+        keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+        found.append(np.asarray(jax.vmap(partial(_start, name))(keys, batch.image)))
+    return found
+
+
+def _start(name: str, key: Key, image: Array) -> Array:
+    if name == "trades":
+        change = NEARBY * jax.random.normal(key, image.shape)
+        return norms.project(THREAT, image, image + change)
+    return norms.random_start(THREAT, key, image)
+
+
+def mean_loss(metrics: Metrics) -> list[np.ndarray]:
+    """The loss of a step, or of each of several."""
+    return [np.asarray(metrics["loss"] / metrics["images"])]
+
+
+def known(network: str, where: str) -> str:
+    """The name of a network, or a refusal."""
+    name: str = one_of(where, network, models.__all__)
+    return name
+
+
+def matched(
+    where: str, networks: Any, batch_sizes: Any, names: Any, size: int, dtype: str
+) -> Iterator[tuple[Workload, Any]]:
+    """Networks with what each is measured on; `where` is the option that `names` come from."""
+    for option, given in ("batch_sizes", batch_sizes), (where, names):
+        if len(given) != len(networks):
+            raise UsageError(
+                f"{option}={given!r}: expected one for each of the {len(networks)} networks"
+            )
+    within("batch_sizes", batch_sizes, 1)
+    for network, batch_size, some in zip(networks, batch_sizes, names, strict=True):
+        yield Workload(known(network, "networks"), batch_size, size, dtype), some
+
+
+def said(name: str, attack_steps: int) -> str:
+    """A method as lines call it."""
+    return name if name in ("natural", "fast") else f"{name}-{attack_steps}"
+
+
+# --- Beside it --------------------------------------------------------------------------------
+
+
+def twin(workload: Workload) -> Any:
+    """The PyTorch twin with the weights that ours begins with."""
+    twins = importlib.import_module("experiments.twins")
+    variables = jax.tree.map(np.asarray, workload.variables)
+    return twins.twin({"name": workload.network}, variables)
+
+
+def _torch(workload: Workload, name: str, attack_steps: int, compiled: bool) -> Side:
+    peers = importlib.import_module("experiments.benching.peers")
+    batch = workload.batch
+    return peers.training_step(
+        name, twin(workload), np.asarray(batch.image), np.asarray(batch.label),
+        starts(name, batch), steps=attack_steps, bfloat16=workload.dtype == "bfloat16",
+        compiled=compiled,
+    )  # fmt: skip
+
+
+def _one_by_one(workload: Workload, name: str, attack_steps: int, count: int) -> Side:
+    function, (state, *rest), _, _ = workload.program(name, attack_steps)
+    step = jax.jit(function, donate_argnums=(0,))
+
+    def call() -> Any:
+        nonlocal state
+        found = []
+        for _ in range(count):
+            state, metrics = step(state, *rest)
+            found.append(metrics)
+        return found
+
+    def read(found: Any) -> list[np.ndarray]:
+        return [np.stack([mean_loss(metrics)[0] for metrics in found])]
+
+    return Side(call, read, jax.block_until_ready)
