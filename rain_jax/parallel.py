@@ -39,9 +39,14 @@ def rows_of_process(tree: PyTree) -> PyTree:
     return jax.tree.map(share, tree)
 
 
+# What programs call the sums of `psum`, so that they can be told from those inside a network.
+TOTALS = "totals_over_devices"
+
+
 def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
     """The sum over `axis_name`, or the tree itself where there is none."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+    with jax.named_scope(TOTALS):
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 class Devices(NamedTuple):

@@ -1,0 +1,1 @@
+"""What `experiments.scaling` is made of: programs that are compiled, read, and reckoned with."""

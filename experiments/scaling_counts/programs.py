@@ -1,0 +1,171 @@
+"""The programs of a config, compiled for so many devices and never run."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import build, train
+from experiments.defended import logits_fn_of
+from experiments.scaling_counts import hlo
+from rain_jax import evaluation
+from rain_jax.checks import UsageError
+from rain_jax.models.conv import by_lax
+from rain_jax.parallel import Devices, check_batch_size, place
+from rain_jax.types import Batch, PyTree
+
+# Simulated devices need no code that is fast: it is not run.
+_HASTE = {"cpu": {"xla_backend_optimization_level": 0}, "tpu": {}}
+
+
+class Memory(NamedTuple):
+    """Bytes on each device, as the compiler plans them."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """The most that is held at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+class Counts(NamedTuple):
+    """What is read from one compiled program."""
+
+    collectives: list[hlo.Collective]
+    work: hlo.Work
+    memory: Memory
+
+
+def simulated(count: int) -> list[jax.Device]:
+    """`count` devices of the CPU. To be called before anything else touches a device."""
+    jax.config.update("jax_platforms", "cpu")
+    if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the devices are there already
+            jax.config.update("jax_num_cpu_devices", count)
+    if len(jax.devices()) < count:
+        raise UsageError(
+            f"config.devices: expected at most the {len(jax.devices())} CPU devices that this "
+            "process has: unset XLA_FLAGS"
+        )
+    return jax.devices()
+
+
+def described(topology: str) -> list[Any]:
+    """The devices of a TPU slice such as "v5p:2x2x2", which need not be there.
+
+    They can be compiled for wherever libtpu is installed, by the compiler of TPUs itself.
+    """
+    # Without these, libtpu asks the machine's owner what kind of TPU it is on, and waits; and it
+    # locks what a TPU would have to itself.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # whatever a plugin raises
+        raise UsageError(
+            f"config.compiler='tpu': expected libtpu to be installed (pip install "
+            f"'rain_jax[tpu]') and to know {topology}: {' '.join(str(error).split()):.120}"
+        ) from None
+    return list(found.devices)
+
+
+def resized(experiment: build.Experiment, batch_size: int) -> build.Experiment:
+    """The experiment with another batch size, over all devices."""
+    training = dataclasses.replace(experiment.training, batch_size=batch_size)
+    return experiment._replace(training=training)
+
+
+def state_of(experiment: build.Experiment) -> PyTree:
+    """The shapes of the state of training."""
+    method = experiment.method(train.plan_of(experiment))
+    images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(method.init, jax.eval_shape(experiment.network.init, key, images))
+
+
+def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Counts:
+    """The training step over all `devices`, by `shard_map`, as accelerators run it.
+
+    `pmap` makes the same program.
+    """
+    plan = train.plan_of(experiment)
+    check_batch_size("config.training.batch_size", plan.batch_size, len(devices))
+    there = place("shard_map", devices)
+    step = train.make_step(experiment, experiment.method(plan), plan, _lowering(there))
+    source, keys = experiment.splits.train, jax.eval_shape(lambda: train.keys_of(0))
+    dtype = source.read(0)[0].dtype
+    if train.is_resident(experiment):
+        size = source.size + (source.extra.source.size if source.extra else 0)
+        order = jax.eval_shape(train.order_of(experiment, plan), keys.order, 0)
+        images = jax.ShapeDtypeStruct((size, *source.shape), dtype)
+        labels = jax.ShapeDtypeStruct((size,), jnp.int32)
+        numbers = jax.ShapeDtypeStruct((len(devices),), jnp.int32)
+        fed: Any = (keys, images, labels, order), numbers
+    else:
+        fed = keys, _batch(plan.batch_size, source.shape, dtype)
+    return _compiled(lambda: step(state_of(experiment), fed), devices)
+
+
+def evaluations(experiment: build.Experiment, devices: Sequence[Any]) -> dict[str, Counts]:
+    """Programs that judge clean images, and that attack and judge, for each column of a run."""
+    there = _lowering(place("shard_map", devices))
+    attacks: dict[str, Any] = {name: look.attack for name, look in experiment.looks.items()}
+    rules = evaluation.Rules(experiment.threat, experiment.evaluation.draws or 1)
+    made = evaluation.evaluator(logits_fn_of(experiment.network), rules, attacks, there)
+    images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    variables = jax.eval_shape(experiment.network.init, key, images)
+    dtype = experiment.splits.test.read(0)[0].dtype
+    size = len(devices) * -(-experiment.evaluation.batch_size // len(devices))
+    batch = _batch(size, experiment.splits.test.shape, dtype)
+    return {
+        name: _compiled(partial(program, variables, key, batch), devices)
+        for name, program in {"clean": made.clean, **made.attacks}.items()
+    }
+
+
+def _batch(size: int, shape: tuple[int, ...], dtype: Any) -> Batch:
+    """The shapes of a batch."""
+    number: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
+    image: Any = jax.ShapeDtypeStruct((size, *shape), dtype)
+    valid: Any = jax.ShapeDtypeStruct((size,), jnp.bool_)
+    return Batch(image, number, number, valid)
+
+
+def _lowering(devices: Devices) -> Devices:
+    """Devices whose programs are lowered when they are called, on shapes."""
+
+    def over(*body: Any, **how: Any) -> Callable[..., Any]:
+        program: Any = devices.map(*body, **how)
+        return program.lower
+
+    return devices._replace(map=over)
+
+
+def _compiled(lower: Callable[[], Any], devices: Sequence[Any]) -> Counts:
+    # Convolutions as `lax` has them: the rule for CPUs is no part of what accelerators run.
+    with by_lax():
+        lowered = lower()
+    compiled = lowered.compile(compiler_options=_HASTE[devices[0].platform])
+    program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
+    return Counts(
+        hlo.collectives(program),
+        hlo.work(program),
+        Memory(
+            memory.argument_size_in_bytes, memory.output_size_in_bytes,
+            memory.alias_size_in_bytes, memory.temp_size_in_bytes,
+        ),
+    )  # fmt: skip
