@@ -17,7 +17,8 @@ import ml_collections
 
 from experiments import build, cache, loading, start, workdir
 from experiments.cli import run
-from experiments.train import items_of, keys_of, no_sums, plan_of
+from experiments.running import items_of, no_sums
+from experiments.steps import keys_of, plan_of
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
 from rain_jax.parallel import choose_devices, initialise, place

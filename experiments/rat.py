@@ -21,7 +21,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, loading, measure, report, start, train, workdir
+from experiments import (
+    build,
+    cache,
+    evaluate,
+    loading,
+    measure,
+    report,
+    start,
+    steps,
+    train,
+    workdir,
+)
 from experiments.cli import run
 from experiments.defended import logits_fn_of
 from experiments.logs import Progress, provenance, table, write_json
@@ -302,7 +313,7 @@ def retrained(
     """The networks from the start to the last round, and the perturbations against each."""
     path = folder / "perturbations.npz"
     images = jnp.zeros((1, *built.splits.train.shape), jnp.float32)
-    drawn = built.assembly.network.init(train.keys_of(built.seed).init, images)
+    drawn = built.assembly.network.init(steps.keys_of(built.seed).init, images)
     networks, sets = [start.begun(built, drawn, devices)], kept(path)
     programs = searches(built, own)
     key = jax.random.fold_in(jax.random.key(built.seed), 2)  # none of training's or evaluation's

@@ -5,14 +5,19 @@
         --config.sweep.axes.run=runs/a,runs/b --config.sweep.axes.seed=0,1,2
     python -m experiments.sweep --workdir=OUT --config=FILE --config.sweep.train \\
         --config.sweep.axes.method.c=0.5,0.6,0.7 --shard=$SLURM_ARRAY_TASK_ID/8
+    python -m experiments.sweep --workdir=OUT --config=FILE --config.sweep.train \\
+        --config.sweep.side_by_side --config.sweep.axes.method.threshold=0.5,0.6 \\
+        --config.sweep.axes.seed=0,1,2
 
 Axes are keys of the config, and `run`, folders of runs; cells are their combinations. What programs
 can take as numbers, they do: all radii are one program, and so are all qualities of JPEG or reaches
 of a shift; numbers of draws, which are shapes, have one each. A cell says what
-`experiments.evaluate` says of the same settings, image by image. The folder gets sweep.jsonl, a
-line for each cell that is done, so that a killed sweep goes on; `--shard=i/n` (1 to n) does a share
-of the cells into a file of its own, in any order and on any machines that see the folder. Whoever
-is last writes sweep.json, sweep.npz (verdicts of each image) and sweep.png.
+`experiments.evaluate` says of the same settings, image by image. One that is trained ends as if it
+had been trained alone; with `side_by_side` one program trains those that differ in seeds and such
+numbers. The folder gets sweep.jsonl, a line for each cell that is done, so that a killed sweep goes
+on; `--shard=i/n` (1 to n) does a share of the cells into a file of its own, in any order and on any
+machines that see the folder. Whoever is last writes sweep.json, sweep.npz (verdicts of each image)
+and sweep.png.
 """
 
 import json
@@ -30,7 +35,7 @@ from experiments import build, cache, train, workdir
 from experiments.cli import run
 from experiments.logs import Progress, provenance, write_json
 from experiments.proof import Check
-from experiments.sweeping import grid, ledger, told
+from experiments.sweeping import grid, ledger, side_by_side, told
 from experiments.sweeping.grid import Asked, Cell
 from experiments.sweeping.lanes import Measured, Measurer
 from experiments.sweeping.plan import Plan
@@ -158,10 +163,14 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
     folders = [folder / "cells" / _named(cell, names) for cell in cells]
     if len(set(folders)) < len(folders):
         raise UsageError("config.sweep.axes: expected values that differ in their names")
-    for spec in grid.share(specs, asked.sweep.shard):
-        build.check_devices(build.experiment(spec))
-    for spec, place in grid.share(list(zip(specs, folders, strict=True)), asked.sweep.shard):
-        if not _evaluated(place, spec):
+    own = grid.share(list(zip(specs, folders, strict=True)), asked.sweep.shard)
+    left = [(spec, place) for spec, place in own if not _evaluated(place, spec)]
+    if asked.sweep.side_by_side:
+        side_by_side.train_all(left)
+    else:
+        for spec, _ in left:
+            build.check_devices(build.experiment(spec))
+        for spec, place in left:
             print(f"{place}", flush=True)
             train.main(build.config(**spec), place)
     if not all(map(_evaluated, folders, specs)):

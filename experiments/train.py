@@ -7,23 +7,24 @@ evaluation.json, verdicts.npz, table.txt, curves.png and examples.png (.npz). Th
 started again goes on where it stopped, and ends with the same parameters.
 """
 
-import math
+import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, report, settings, start, workdir
+from experiments import build, cache, evaluate, report, start, workdir
 from experiments.cli import Interrupt, Stopped, run
 from experiments.defended import logits_fn_of
 from experiments.logs import MetricsLog, Progress
+from experiments.running import Member, Running, Validator, begun_or_restored, forget_ahead
 from experiments.settings import Plan
+from experiments.steps import Task, feed, keys_of, make_step, plan_of
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
@@ -31,194 +32,32 @@ from rain_jax.parallel import (
     Devices,
     check_batch_size,
     choose_devices,
-    image_keys,
     initialise,
     place,
     round_up,
 )
-from rain_jax.types import Array, AxisName, Batch, Key, Method, PyTree, Variables
-
-# A training set up to this many bytes of pixels is kept on every device.
-RESIDENT_BYTES = 2**30
+from rain_jax.types import Key, Variables
 
 
-class Learner(Protocol):
-    """What learns: a `Network`, or anything else that begins as one does."""
+class Course(NamedTuple):
+    """How all members take their steps by one program, on one state that holds all of theirs."""
 
-    @property
-    def init(self) -> Callable[[Key, Array], Variables]: ...
-
-
-class Task(Protocol):
-    """What the loop asks of an experiment: of `build.Experiment`, or of one without classes."""
-
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def splits(self) -> data.Splits: ...
-    @property
-    def network(self) -> Learner: ...
-    @property
-    def augment(self) -> settings.Augment: ...
-    @property
-    def training(self) -> settings.Training: ...
-    @property
-    def validation(self) -> settings.Validation | None: ...
-    @property
-    def checkpoints(self) -> settings.Checkpointing: ...
-    @property
-    def parallel(self) -> settings.Parallel: ...
-    def method(self, plan: Plan) -> Method: ...
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    feed: Callable[[int], Iterator[Any]]  # from this step on
+    join: Callable[[list[training.TrainState]], Any]
+    part: Callable[[Any, int], training.TrainState]  # of a joined state, this member's
+    told: Callable[[dict[str, Any]], list[dict[str, float]]]  # metrics of a step, by members
 
 
-# A look at the held-out images: state, key, log, step -> score, larger is better.
-Validator = Callable[[training.TrainState, Key, MetricsLog, int], float]
-
-
-class Keys(NamedTuple):
-    """One key for each use of randomness in a run, so that no two uses share a draw."""
-
-    init: Key
-    order: Key
-    augment: Key
-    train: Key
-    validate: Key
-
-
-def keys_of(seed: int) -> Keys:
-    """The run's keys; evaluation has its own root, see `measure.evaluation_key`."""
-    return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 5))
-
-
-def plan_of(experiment: Task) -> Plan:
-    """How long the experiment's run is."""
-    return experiment.training.plan(experiment.splits.train.size)
-
-
-def augmented(experiment: Task, keys: Keys, step: Any, batch: Batch) -> Batch:
-    """The batch as floats in [0, 1], each image cropped and flipped by its own key."""
-    image = data.as_float(batch.image)
-    if experiment.augment.crop_padding or experiment.augment.flip:
-        draw = image_keys(jax.random.fold_in(keys.augment, step), batch.index)
-        image = jax.vmap(experiment.augment.change)(draw, image)
-    return batch._replace(image=image)
-
-
-def is_resident(experiment: Task) -> bool:
-    """Whether the training images live on the devices."""
-    source = experiment.splits.train
-    feed = experiment.training.feed
-    size = source.size + (source.extra.source.size if source.extra else 0)
-    return feed == "resident" or (
-        feed == "auto" and size * math.prod(source.shape) <= RESIDENT_BYTES
+def alone(experiment: Task, plan: Plan, devices: Devices) -> Course:
+    """The course of one member by itself."""
+    return Course(
+        make_step(experiment, experiment.method(plan), plan, devices),
+        partial(feed, experiment, plan, keys_of(experiment.seed), devices),
+        join=lambda states: states[0],
+        part=lambda state, _: state,
+        told=lambda metrics: [metrics],
     )
-
-
-def make_step(experiment: Task, method: Method, plan: Plan, devices: Devices) -> Any:
-    """The training step, one program: `(state, (shared, split)) -> (state, metrics)`."""
-    resident = is_resident(experiment)
-
-    def body(
-        state: training.TrainState, shared: PyTree, split: PyTree, axis_name: AxisName = None
-    ) -> tuple[training.TrainState, Any]:
-        if resident:
-            keys, images, labels, order = shared
-            # `split` numbers the devices: each takes its own part of the step's batch.
-            position = (state.step % plan.per_epoch) * devices.size + split[0]
-            batch = data.take(images, labels, order, position, plan.batch_size // devices.size)
-        else:
-            keys, batch = shared, split
-        batch = augmented(experiment, keys, state.step, batch)
-        return method.step(keys.train, state, batch, axis_name)
-
-    program = devices.map(body, inputs=(False, False, True), outputs=(False, False), donate=(0,))
-    return lambda state, fed: program(state, *fed)
-
-
-def order_of(experiment: Task, plan: Plan) -> Callable[[Key, Any], Array]:
-    """The order of one epoch's images on the device, as a function of a key and the epoch."""
-    source = experiment.splits.train
-    if source.extra is None:
-        return partial(data.epoch_order, size=source.size)
-    parts = data.parts_of(source, plan.batch_size)
-    return partial(data.shared_order, parts=parts, steps=plan.per_epoch)
-
-
-def feed(
-    experiment: Task, plan: Plan, keys: Keys, devices: Devices, first: int
-) -> Iterator[tuple[PyTree, PyTree]]:
-    """What `make_step`'s program is fed from step `first` on: (same everywhere, split)."""
-    source = experiment.splits.train
-    if is_resident(experiment):
-        images, labels = data.pooled(source)
-        keys, images, labels = devices.replicate((keys, jnp.asarray(images), jnp.asarray(labels)))
-        local = devices.size // jax.process_count()
-        numbers = devices.split(np.arange(local, dtype=np.int32) + jax.process_index() * local)
-        shuffle = jax.jit(order_of(experiment, plan))
-        for epoch in range(first // plan.per_epoch, math.ceil(plan.total / plan.per_epoch) + 1):
-            order = devices.replicate(shuffle(keys.order, epoch))
-            begin = first % plan.per_epoch if epoch == first // plan.per_epoch else 0
-            for _ in range(begin, plan.per_epoch):
-                yield (keys, images, labels, order), numbers
-    else:
-        shared = devices.replicate(keys)
-        batches = data.stream(
-            source,
-            plan.batch_size,
-            seed=experiment.seed,
-            first_step=first,
-            workers=experiment.training.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            crop=experiment.augment.area,
-        )
-        for batch in batches:
-            yield shared, devices.split(batch)
-
-
-def restored(
-    checkpoints: Checkpoints, state: training.TrainState, sums: dict[str, float], devices: Devices
-) -> tuple[training.TrainState, dict[str, float]] | None:
-    """State and sums of the newest readable checkpoint, or None where there is none."""
-    found = checkpoints.restore(*items_of(devices.to_global(state), sums))
-    if found is None:
-        return None
-    for line in checkpoints.skipped:
-        print(f"warning: {line}", flush=True)
-    _, model, rest = found
-    state = training.TrainState(
-        rest["step"], model["params"], model["model_state"], rest["optimiser"],
-        model.get("average"),
-    )  # fmt: skip
-    return devices.to_local(state), {name: float(sum_) for name, sum_ in rest["sums"].items()}
-
-
-def items_of(state: training.TrainState, sums: dict[str, float]) -> tuple[PyTree, PyTree]:
-    """The two items of a checkpoint: the model, and what only training needs.
-
-    `sums` are those of the metrics since the last line of the log: without them the first line
-    after a restart would be a mean over fewer steps.
-    """
-    rest = {"step": state.step, "optimiser": state.optimiser, "sums": sums}
-    return training.model_of(state), rest
-
-
-def no_sums(experiment: Task, method: Method, state: PyTree) -> dict[str, float]:
-    """Zeros by the names of the metrics that a step gives, and of the number of `steps`.
-
-    It traces a step to know them, which is for those who have a checkpoint to read.
-    """
-    size = experiment.training.batch_size
-    shape = (size, *experiment.splits.train.shape)
-    batch = jax.eval_shape(
-        lambda: Batch(
-            jnp.zeros(shape), jnp.zeros(size, int), jnp.zeros(size, int), jnp.ones(size, bool)
-        )
-    )
-    _, metrics = jax.eval_shape(method.step, jax.random.key(0), state, batch)
-    return dict.fromkeys([*metrics, "steps"], 0.0)
 
 
 def train(
@@ -232,91 +71,101 @@ def train(
 
     Where there is none, from what `begun` makes of the variables that were drawn.
     """
+    member = Member(experiment, folder, name, validator_on, begun)
+    train_members([member], partial(alone, experiment), name)
+
+
+def train_members(
+    members: Sequence[Member], course_of: Callable[[Plan, Devices], Course], name: str
+) -> None:
+    """Trains all members, each in its own folder as if it were alone there; `name` is shown.
+
+    Their length, and when they are looked at and saved, are those of the first. They go on from the
+    newest step that all of them have.
+    """
     # --- refusals, before anything is compiled
+    first_of = members[0].experiment
     devices = place(
-        experiment.parallel.mapping, choose_devices(experiment.parallel.devices, training=True)
+        first_of.parallel.mapping, choose_devices(first_of.parallel.devices, training=True)
     )
-    plan = plan_of(experiment)
+    plan = plan_of(first_of)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
-    validator = validator_on(devices)
-    workdir.claim(folder, experiment.config)
+    kept, looks, several = first_of.checkpoints, first_of.validation, len(members) > 1
+    # One member may be saved when another is not yet: then both have the step before.
+    keep = max(kept.keep, 2) if several else kept.keep
+    validators = [member.validator_on(devices) for member in members]
+    for member in members:
+        workdir.claim(member.folder, member.experiment.config)
 
-    # --- the method and its state
-    keys = keys_of(experiment.seed)
-    method = experiment.method(plan)
-    images = jnp.zeros((1, *experiment.splits.train.shape), jnp.float32)
-    variables = jax.jit(experiment.network.init)(keys.init, images)
-    state = devices.replicate(jax.jit(method.init)(variables))
-    step = make_step(experiment, method, plan, devices)
-
-    kept = experiment.checkpoints
-    looks = experiment.validation
+    # --- the members and their steps
+    running = [
+        Running(
+            member, plan, devices, validator,
+            Checkpoints(member.folder / "checkpoints", keep=keep, keep_best=kept.keep_best),
+        )
+        for member, validator in zip(members, validators, strict=True)
+    ]  # fmt: skip
+    course = course_of(plan, devices)
     saves = plan.steps(kept.every_epochs)
-    look_every = plan.steps(looks.every_epochs) if looks and validator else 0
+    look_every = plan.steps(looks.every_epochs) if looks and running[0].validator else 0
+    every = first_of.training.log_every
 
     def looking(done: int) -> bool:
         return bool(look_every) and (done % look_every == 0 or done == plan.total)
 
-    with (
-        Checkpoints(folder / "checkpoints", keep=kept.keep, keep_best=kept.keep_best)
-        as checkpoints,
-        Interrupt() as interrupt,
-    ):  # fmt: skip
-        sums: dict[str, float] = {}  # of the metrics since the last line of the log
-        if checkpoints.latest() is not None:
-            sums = no_sums(experiment, method, state)
-            state, sums = restored(checkpoints, state, sums, devices) or (state, sums)
-        elif begun is not None:
-            state = devices.replicate(jax.jit(method.init)(begun(variables, devices)))
-        first = int(jax.device_get(state.step))
+    def check(number: int, metrics: dict[str, Any]) -> None:
+        for member, own in zip(members, course.told(metrics), strict=True):
+            training.check_finite(number, own, f"{member.name}: " if several else "")
+
+    def wait() -> None:
+        for one in running:
+            one.checkpoints.wait()
+
+    with contextlib.ExitStack() as held:
+        for one in running:
+            held.enter_context(one.checkpoints)
+        interrupt = held.enter_context(Interrupt())
+        states = begun_or_restored(running)
+        first = int(jax.device_get(states[0].step))
         if first:
             print(f"{name}: goes on from step {first} of {plan.total}", flush=True)
+        state = course.join(states)
+        del states  # what is joined is held once
 
         def due(done: int) -> bool:
             at_hand = done % saves == 0 or done == plan.total or looking(done)
             return interrupt.requested(done) or at_hand
 
-        feeds = feed(experiment, plan, keys, devices, first)
-        every = experiment.training.log_every
-        with (
-            MetricsLog(
-                folder, resume_step=first, tensorboard=experiment.training.tensorboard
-            ) as log,
-            Progress(name, (plan.total - first) * plan.batch_size, unit="img") as bar,
-        ):
-            for passed in training.loop(step, state, feeds, first, plan.total, due):
+        feeds, board = course.feed(first), first_of.training.tensorboard
+        ahead = (plan.total - first) * plan.batch_size * len(members)
+        with contextlib.ExitStack() as shown:
+            for one in running:
+                log = MetricsLog(one.member.folder, resume_step=first, tensorboard=board)
+                one.log = shown.enter_context(log)
+            bar = shown.enter_context(Progress(name, ahead, unit="img"))
+            for passed in training.loop(course.step, state, feeds, first, plan.total, due, check):
                 done, state = passed.done, passed.state
                 for number, metrics in passed.metrics:
-                    metrics = {**metrics, "steps": 1.0}
-                    sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+                    for one, own in zip(running, course.told(metrics), strict=True):
+                        one.add(own)
                     if number % every == 0 or number == plan.total:
-                        line = means(sums)
-                        log.write(number, "train", **line)
-                        bar.note(**line)
-                        sums = dict.fromkeys(sums, 0.0)
-                bar.advance(plan.batch_size)
+                        lines = [one.tell(number) for one in running]
+                        bar.note(
+                            **{key: np.mean([line[key] for line in lines]) for key in lines[0]}
+                        )
+                bar.advance(plan.batch_size * len(members))
                 if passed.due:
-                    score = None
-                    if validator is not None and looking(done):
-                        score = validator(state, keys.validate, log, done)
-                    model, rest = items_of(devices.to_global(state), sums)
-                    checkpoints.save(done, model, rest, score=score)
+                    if several:
+                        wait()  # so that all have the step before
+                    for m, one in enumerate(running):
+                        one.save(done, course.part(state, m), look=looking(done))
                     if interrupt.requested(done):
-                        checkpoints.wait()
+                        wait()
                         raise Stopped(done, interrupt.signal or signal.SIGTERM)
-        checkpoints.wait()
+        wait()
+        forget_ahead([member.folder / "checkpoints" for member in members])
         if interrupt.signal is not None:  # asked while the last step was looked at and saved
             raise Stopped(plan.total, interrupt.signal)
-
-
-def means(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over several steps as means: over images, but for the gradient norm's, over steps."""
-    sums = dict(sums)
-    images = max(sums.pop("images"), 1.0)
-    line = {"gradient_norm": sums.pop("gradient_norm") / sums.pop("steps")}
-    if "correct" in sums:
-        line["accuracy"] = sums.pop("correct") / images
-    return {**{name: value / images for name, value in sums.items()}, **line}
 
 
 def make_validator(experiment: build.Experiment, devices: Devices) -> Validator | None:
@@ -357,23 +206,33 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     runs = build.pair(config, folder)
     # All of them now: the last one's mistake should not wait until the first one is trained.
     for _, experiment, _ in runs:
-        build.check_devices(experiment)
-        if experiment.config["method"]["name"] == "rat":
-            raise UsageError(
-                "config.method.name='rat': expected python -m experiments.rat, which makes the "
-                "perturbations that it learns from"
-            )
+        check(experiment)
     for name, experiment, place_of in runs:
-        train(
-            experiment,
-            place_of,
-            name,
-            partial(make_validator, experiment),
-            partial(start.begun, experiment),
-        )
+        train_members([member_of(name, experiment, place_of)], partial(alone, experiment), name)
         if jax.process_index() == 0:
             report.curves(place_of)
     evaluate.side_by_side(runs)
+
+
+def check(experiment: build.Experiment) -> None:
+    """Refuses what this loop, on the devices at hand, does not train."""
+    build.check_devices(experiment)
+    if experiment.config["method"]["name"] == "rat":
+        raise UsageError(
+            "config.method.name='rat': expected python -m experiments.rat, which makes the "
+            "perturbations that it learns from"
+        )
+
+
+def member_of(name: str, experiment: build.Experiment, folder: Path) -> Member:
+    """A classifier's run, with its looks at the held-out images and the weights it begins with."""
+    return Member(
+        experiment,
+        folder,
+        name,
+        partial(make_validator, experiment),
+        partial(start.begun, experiment),
+    )
 
 
 if __name__ == "__main__":

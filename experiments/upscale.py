@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import cache, loading, settings, train, workdir
+from experiments import cache, loading, running, settings, train, workdir
 from experiments.build import plain
 from experiments.cli import run
 from experiments.logs import MetricsLog, provenance, table, write_json
@@ -142,7 +142,7 @@ class Beginner(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Everything that a config describes, checked and built: a `train.Task`."""
+    """Everything that a config describes, checked and built: a `steps.Task`."""
 
     config: dict[str, Any]
     seed: int
@@ -278,7 +278,7 @@ def measuring(upscaler: Upscaler, batch_size: int, devices: Devices) -> Measure:
     return measure
 
 
-def make_validator(built: Experiment, devices: Devices) -> train.Validator | None:
+def make_validator(built: Experiment, devices: Devices) -> running.Validator | None:
     """The mean PSNR on the held-out images, halved as in training; None where there are none."""
     looks, source = built.validation, built.splits.valid
     if looks is None or source is None:

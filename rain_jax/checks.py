@@ -40,9 +40,10 @@ def within(
 ) -> Any:
     """Returns `value` if low <= value <= high and above < value < below, else raises.
 
-    Tracers pass: what is only known inside a compiled program is the program's to bound.
+    Tracers pass, and so does all that has one for a bound: what is only known inside a compiled
+    program is the program's to bound.
     """
-    if isinstance(value, jax.core.Tracer):
+    if any(isinstance(one, jax.core.Tracer) for one in (value, low, high, above, below)):
         return value
     try:
         array = np.asarray(value)

@@ -143,11 +143,14 @@ class Diverged(RuntimeError):
         self.step = step
 
 
-def check_finite(step: int, metrics: dict[str, float]) -> None:
-    """Raises `Diverged` when the loss or the gradient norm of this step is not finite."""
+def check_finite(step: int, metrics: dict[str, float], whose: str = "") -> None:
+    """Raises `Diverged` when the loss or the gradient norm of this step is not finite.
+
+    `whose` comes before their names.
+    """
     for name in ("loss", "gradient_norm"):
         if not np.isfinite(metrics[name]):
-            raise Diverged(step, name, metrics[name])
+            raise Diverged(step, whose + name, metrics[name])
 
 
 class Passed(NamedTuple):
@@ -155,7 +158,8 @@ class Passed(NamedTuple):
 
     done: int  # steps since the run's beginning
     state: TrainState
-    metrics: list[tuple[int, dict[str, float]]]  # (step, its metrics) that have arrived by now
+    # (step, its metrics) that have arrived by now; of several members each is a list.
+    metrics: list[tuple[int, dict[str, Any]]]
     due: bool  # whether the caller asked to pause here; then all metrics have arrived
 
 
@@ -166,12 +170,14 @@ def loop(
     first: int,
     last: int,
     due: Callable[[int], bool] = lambda done: False,
+    check: Callable[[int, dict[str, Any]], None] = check_finite,
 ) -> Iterator[Passed]:
     """Runs the steps after `first` up to `last`.
 
     Metrics are fetched one step late, so the device never waits for the host; after the last
     step, and wherever `due(steps done)` says so (before a checkpoint, say), all have arrived.
-    Raises `Diverged` at the first step whose loss or gradient is not finite.
+    Raises `Diverged` at the first step whose loss or gradient is not finite, which is for `check`
+    to say.
     """
     waiting: list[tuple[int, Metrics]] = []
     for done in range(first + 1, last + 1):
@@ -181,7 +187,8 @@ def loop(
         arrived = []
         while len(waiting) > (0 if pause or done == last else 1):
             number, metrics = waiting.pop(0)
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            check_finite(number, values)
+            arrays = jax.device_get(metrics)
+            values = {name: np.asarray(value).tolist() for name, value in arrays.items()}
+            check(number, values)
             arrived.append((number, values))
         yield Passed(done, state, arrived, pause)

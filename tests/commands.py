@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build
-from experiments.train import items_of, no_sums, plan_of
+from experiments.running import items_of, no_sums
+from experiments.steps import plan_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, schema, train
+from experiments import build, cli, schema, steps, train
 from rain_jax import attacks, data, losses, methods, models, norms, optimisers, schedules
 from rain_jax.checks import UsageError
 from rain_jax.methods.common import Staged
@@ -413,7 +413,7 @@ def test_replays_are_steps_of_the_schedule_and_are_restored(tmp_path, capsys):
     train.main(config, tmp_path / "run")
     lines = commands.metrics(tmp_path / "run")
     experiment = build.experiment(config)
-    plan = train.plan_of(experiment)
+    plan = steps.plan_of(experiment)
     assert lines[-1]["step"] == plan.total
     train.main(config, tmp_path / "run")
     assert f"goes on from step {plan.total}" in capsys.readouterr().out

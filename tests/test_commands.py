@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, train
+from experiments import build, steps, train
 from rain_jax import training
 from rain_jax.parallel import choose_devices, place
 
@@ -186,7 +186,7 @@ def calls_seen(folder):
 def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping, config, tmp_path):
     experiment = build.experiment(runpy.run_path(str(config))["get_config"]())
     devices = place(mapping, choose_devices(8))
-    plan, keys = train.plan_of(experiment), train.keys_of(experiment.seed)
+    plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
     method = training.minimise(
         experiment.objective,
         experiment.optimiser(plan.total, plan.per_epoch),
@@ -194,8 +194,8 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     )
     variables = experiment.network.init(keys.init, np.zeros((1, 8, 8, 1), np.float32))
     state = devices.replicate(method.init(variables))
-    step = train.make_step(experiment, method, plan, devices)
-    feeds = train.feed(experiment, plan, keys, devices, 0)
+    step = steps.make_step(experiment, method, plan, devices)
+    feeds = steps.feed(experiment, plan, keys, devices, 0)
     for _ in range(2):  # compiles, and takes its own results as arguments for the first time
         state, metrics = step(state, next(feeds))
     jax.block_until_ready(metrics)
@@ -203,16 +203,16 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     compiled = []
     listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None
     jax.monitoring.register_event_duration_secs_listener(listen)
-    steps = 5  # within one epoch
+    count = 5  # within one epoch
     try:
         with jax.profiler.trace(str(tmp_path)), jax.transfer_guard("disallow"):
-            for passed in training.loop(step, state, feeds, 2, 2 + steps):
+            for passed in training.loop(step, state, feeds, 2, 2 + count):
                 assert passed.state is not None
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
     called = calls_seen(tmp_path)
-    assert len(called) == steps, called
+    assert len(called) == count, called
     assert len(set(called)) == 1
     # The counting counts: what is done outside the program is seen.
     with jax.profiler.trace(str(tmp_path / "more")):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, defended, evaluate, loading, schema, train
+from experiments import build, cli, defended, evaluate, loading, schema, steps, train
 from experiments.journal import digest_of
 from rain_jax import data, defences, models, training
 from rain_jax.checks import UsageError
@@ -126,13 +126,13 @@ def test_every_row_builds(row, files):
 @pytest.mark.parametrize("row", KINDS, ids=told)
 def test_every_kind_of_row_takes_two_steps(row, files):
     experiment = build.experiment(tiny(row, files, evaluation=CHEAP))
-    devices, plan = place("shard_map", choose_devices(1)), train.plan_of(experiment)
-    keys, method = train.keys_of(0), experiment.method(plan)
+    devices, plan = place("shard_map", choose_devices(1)), steps.plan_of(experiment)
+    keys, method = steps.keys_of(0), experiment.method(plan)
     variables = experiment.network.init(keys.init, jnp.zeros((1, *SHAPE)))
     state = devices.replicate(method.init(variables))
     before = jax.tree.map(np.asarray, state.params)
-    step = train.make_step(experiment, method, plan, devices)
-    feeds = train.feed(experiment, plan, keys, devices, 0)
+    step = steps.make_step(experiment, method, plan, devices)
+    feeds = steps.feed(experiment, plan, keys, devices, 0)
     for _ in range(2):
         state, metrics = step(state, next(feeds))
         assert all(bool(jnp.isfinite(value)) for value in metrics.values())
@@ -278,11 +278,11 @@ def noted(state):
 
 def shown(experiment, mapping, devices, first, count):
     """What a run that begins at step `first` sees, step by step."""
-    placed, plan = place(mapping, choose_devices(devices)), train.plan_of(experiment)
-    keys = train.keys_of(experiment.seed)
+    placed, plan = place(mapping, choose_devices(devices)), steps.plan_of(experiment)
+    keys = steps.keys_of(experiment.seed)
     state = training.TrainState(jnp.int32(first), {}, {}, {}, None)
-    step = train.make_step(experiment, noted(state), plan, placed)
-    feeds = train.feed(experiment, plan, keys, placed, first)
+    step = steps.make_step(experiment, noted(state), plan, placed)
+    feeds = steps.feed(experiment, plan, keys, placed, first)
     state, seen = placed.replicate(state), []
     for _ in range(count):
         state, metrics = step(state, next(feeds))

@@ -14,8 +14,9 @@ from experiments import build, defended, loading, measure, schema, sweep
 from experiments.cli import load_config
 from experiments.pages import load, studies
 from experiments.record import counted
+from experiments.running import items_of, no_sums
+from experiments.steps import plan_of
 from experiments.sweeping import grid, ledger, plan, told
-from experiments.train import items_of, no_sums, plan_of
 from rain_jax import attacks, data, evaluation, models, norms
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError

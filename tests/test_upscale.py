@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from experiments import train, upscale
+from experiments import steps, upscale
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
 
@@ -102,7 +102,7 @@ def test_the_config_in_the_house_is_one_of_this_command(config):
     spec["data"] = {"name": name, "holdout": 8}
     built = upscale.experiment(spec)
     assert built.upscaler.factor == 2
-    assert train.plan_of(built).per_epoch == 72 // 16
+    assert steps.plan_of(built).per_epoch == 72 // 16
 
 
 def test_another_network_begins_with_its_own_settings(config):

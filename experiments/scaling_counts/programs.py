@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import build, train
+from experiments import build, steps
 from experiments.defended import logits_fn_of
 from experiments.scaling_counts import hlo
 from rain_jax import evaluation
@@ -90,7 +90,7 @@ def resized(experiment: build.Experiment, batch_size: int) -> build.Experiment:
 
 def state_of(experiment: build.Experiment) -> PyTree:
     """The shapes of the state of training."""
-    method = experiment.method(train.plan_of(experiment))
+    method = experiment.method(steps.plan_of(experiment))
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(method.init, jax.eval_shape(experiment.network.init, key, images))
@@ -101,15 +101,15 @@ def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Count
 
     `pmap` makes the same program.
     """
-    plan = train.plan_of(experiment)
+    plan = steps.plan_of(experiment)
     check_batch_size("config.training.batch_size", plan.batch_size, len(devices))
     there = place("shard_map", devices)
-    step = train.make_step(experiment, experiment.method(plan), plan, _lowering(there))
-    source, keys = experiment.splits.train, jax.eval_shape(lambda: train.keys_of(0))
+    step = steps.make_step(experiment, experiment.method(plan), plan, _lowering(there))
+    source, keys = experiment.splits.train, jax.eval_shape(lambda: steps.keys_of(0))
     dtype = source.read(0)[0].dtype
-    if train.is_resident(experiment):
+    if steps.is_resident(experiment):
         size = source.size + (source.extra.source.size if source.extra else 0)
-        order = jax.eval_shape(train.order_of(experiment, plan), keys.order, 0)
+        order = jax.eval_shape(steps.order_of(experiment, plan), keys.order, 0)
         images = jax.ShapeDtypeStruct((size, *source.shape), dtype)
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
         numbers = jax.ShapeDtypeStruct((len(devices),), jnp.int32)

@@ -32,7 +32,9 @@ class Sweep:
     With `warm` an ascent at a radius begins where the one at the radius before has ended, and the
     images that broke a fixed model there are broken here: fewer passes, and a curve that only goes
     down. With `train` each cell is a run of its own, trained and evaluated in `cells/`, and axes
-    may be any keys. `shard` = (i, n) does the i-th of n shares, 1 to n.
+    may be any keys. With `side_by_side` cells that differ only in numbers which a step can take as
+    data, such as seeds, are trained by one program. `shard` = (i, n) does the i-th of n shares, 1
+    to n.
     """
 
     axes: dict[str, Any]
@@ -40,11 +42,14 @@ class Sweep:
     together: bool = False
     warm: bool = False
     train: bool = False
+    side_by_side: bool = False
     shard: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         within("config.sweep.shard", self.shard[1], 1)
         within("config.sweep.shard", self.shard[0], 1, self.shard[1])
+        if self.side_by_side and not self.train:
+            raise UsageError("config.sweep.side_by_side: expected config.sweep.train beside it")
         if not self.axes:
             raise UsageError(
                 "config.sweep.axes is missing: expected what varies, such as "

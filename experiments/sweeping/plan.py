@@ -12,9 +12,9 @@ import numpy as np
 
 from experiments import build, defended, loading, sanity, start, workdir
 from experiments.journal import code, digest, digest_of, sample_of
+from experiments.steps import keys_of
 from experiments.sweeping import grid
 from experiments.sweeping.grid import RUN, Asked, Cell, Parts
-from experiments.train import keys_of
 from rain_jax import data, evaluation
 from rain_jax.attacks.pgd import Ascent
 from rain_jax.checks import UsageError, one_of
@@ -233,8 +233,6 @@ class Plan:
             drawn = jax.jit(made.network.init)(keys_of(one.seed).init, images)
             return start.begun(base._replace(start=begin), drawn, self.devices)
         variables, _ = loading.load(base, one.run)
-        if defence != own:
-            variables = defended.followed(made.assembly.network, variables, self.shape)
         return variables
 
     def weights(self, one: Resolved) -> str:

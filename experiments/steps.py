@@ -1,0 +1,165 @@
+"""What a config trains, as the steps of one program and what they are fed."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import settings
+from experiments.settings import Plan
+from rain_jax import data, training
+from rain_jax.parallel import Devices, image_keys
+from rain_jax.types import Array, AxisName, Batch, Key, Method, PyTree, Variables
+
+# A training set up to this many bytes of pixels is kept on every device.
+RESIDENT_BYTES = 2**30
+
+
+class Learner(Protocol):
+    """What learns: a `Network`, or anything else that begins as one does."""
+
+    @property
+    def init(self) -> Callable[[Key, Array], Variables]: ...
+
+
+class Task(Protocol):
+    """What the loop asks of an experiment: of `build.Experiment`, or of one without classes."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def splits(self) -> data.Splits: ...
+    @property
+    def network(self) -> Learner: ...
+    @property
+    def augment(self) -> settings.Augment: ...
+    @property
+    def training(self) -> settings.Training: ...
+    @property
+    def validation(self) -> settings.Validation | None: ...
+    @property
+    def checkpoints(self) -> settings.Checkpointing: ...
+    @property
+    def parallel(self) -> settings.Parallel: ...
+    def method(self, plan: Plan) -> Method: ...
+
+
+class Keys(NamedTuple):
+    """One key for each use of randomness in a run, so that no two uses share a draw."""
+
+    init: Key
+    order: Key
+    augment: Key
+    train: Key
+    validate: Key
+
+
+def keys_of(seed: int) -> Keys:
+    """The run's keys; evaluation has its own root, see `measure.evaluation_key`."""
+    return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 5))
+
+
+def plan_of(experiment: Task) -> Plan:
+    """How long the experiment's run is."""
+    return experiment.training.plan(experiment.splits.train.size)
+
+
+def augmented(experiment: Task, keys: Keys, step: Any, batch: Batch) -> Batch:
+    """The batch as floats in [0, 1], each image cropped and flipped by its own key."""
+    image = data.as_float(batch.image)
+    if experiment.augment.crop_padding or experiment.augment.flip:
+        draw = image_keys(jax.random.fold_in(keys.augment, step), batch.index)
+        image = jax.vmap(experiment.augment.change)(draw, image)
+    return batch._replace(image=image)
+
+
+def is_resident(experiment: Task) -> bool:
+    """Whether the training images live on the devices."""
+    source = experiment.splits.train
+    feed = experiment.training.feed
+    size = source.size + (source.extra.source.size if source.extra else 0)
+    return feed == "resident" or (
+        feed == "auto" and size * math.prod(source.shape) <= RESIDENT_BYTES
+    )
+
+
+def body_of(experiment: Task, method: Method, plan: Plan, devices: int) -> Callable[..., Any]:
+    """The training step on one of so many devices: `(state, shared, split) -> (state, metrics)`."""
+    resident = is_resident(experiment)
+
+    def body(
+        state: training.TrainState, shared: PyTree, split: PyTree, axis_name: AxisName = None
+    ) -> tuple[training.TrainState, Any]:
+        if resident:
+            keys, images, labels, order = shared
+            # `split` numbers the devices: each takes its own part of the step's batch.
+            position = (state.step % plan.per_epoch) * devices + split[0]
+            batch = data.take(images, labels, order, position, plan.batch_size // devices)
+        else:
+            keys, batch = shared, split
+        batch = augmented(experiment, keys, state.step, batch)
+        return method.step(keys.train, state, batch, axis_name)
+
+    return body
+
+
+def program_of(body: Callable[..., Any], devices: Devices) -> Any:
+    """Such a step as one program: `(state, (shared, split)) -> (state, metrics)`."""
+    program = devices.map(body, inputs=(False, False, True), outputs=(False, False), donate=(0,))
+    return lambda state, fed: program(state, *fed)
+
+
+def make_step(experiment: Task, method: Method, plan: Plan, devices: Devices) -> Any:
+    """The training step, one program: `(state, (shared, split)) -> (state, metrics)`."""
+    return program_of(body_of(experiment, method, plan, devices.size), devices)
+
+
+def order_of(experiment: Task, plan: Plan) -> Callable[[Key, Any], Array]:
+    """The order of one epoch's images on the device, as a function of a key and the epoch."""
+    source = experiment.splits.train
+    if source.extra is None:
+        return partial(data.epoch_order, size=source.size)
+    parts = data.parts_of(source, plan.batch_size)
+    return partial(data.shared_order, parts=parts, steps=plan.per_epoch)
+
+
+def feed(
+    experiment: Task, plan: Plan, keys: Keys, devices: Devices, first: int
+) -> Iterator[tuple[PyTree, PyTree]]:
+    """What `make_step`'s program is fed from step `first` on: (same everywhere, split).
+
+    Resident images may be fed to several members: their keys are stacked, and so are the orders.
+    """
+    source = experiment.splits.train
+    if is_resident(experiment):
+        images, labels = data.pooled(source)
+        keys, images, labels = devices.replicate((keys, jnp.asarray(images), jnp.asarray(labels)))
+        local = devices.size // jax.process_count()
+        numbers = devices.split(np.arange(local, dtype=np.int32) + jax.process_index() * local)
+        order = order_of(experiment, plan)
+        shuffle = jax.jit(jax.vmap(order, (0, None)) if keys.order.ndim else order)
+        for epoch in range(first // plan.per_epoch, math.ceil(plan.total / plan.per_epoch) + 1):
+            orders = devices.replicate(shuffle(keys.order, epoch))
+            begin = first % plan.per_epoch if epoch == first // plan.per_epoch else 0
+            for _ in range(begin, plan.per_epoch):
+                yield (keys, images, labels, orders), numbers
+    else:
+        shared = devices.replicate(keys)
+        batches = data.stream(
+            source,
+            plan.batch_size,
+            seed=experiment.seed,
+            first_step=first,
+            workers=experiment.training.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            crop=experiment.augment.area,
+        )
+        for batch in batches:
+            yield shared, devices.split(batch)
