@@ -12,7 +12,7 @@ super-resolution network learns to serve it, by cross-entropy on clean images. T
 import ml_collections
 
 from experiments.build import config
-from experiments.recipes import cifar10_small
+from experiments.recipes import EOT_PGD20, cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -32,15 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=100,
             images=200,
             eight_bit=True,
-            # Along the mean over draws: what climbs along one draw finds little.
-            attacks=dict(
-                eot_pgd20=dict(
-                    name="pgd",
-                    steps=20,
-                    step_size=2 / 255,
-                    loss="margin",
-                    estimator=dict(name="eot", draws=5),
-                )
-            ),
+            attacks=dict(eot_pgd20=EOT_PGD20),
         ),
     )

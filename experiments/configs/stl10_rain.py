@@ -15,7 +15,7 @@ with published weights in `--config.start.defence=FILE.npz`.
 import ml_collections
 
 from experiments.build import config
-from experiments.recipes import stl10_small
+from experiments.recipes import EOT_PGD20, stl10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -35,15 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=50,
             images=100,
             eight_bit=True,
-            # Along the mean over draws: what climbs along one draw finds little.
-            attacks=dict(
-                eot_pgd20=dict(
-                    name="pgd",
-                    steps=20,
-                    step_size=2 / 255,
-                    loss="margin",
-                    estimator=dict(name="eot", draws=5),
-                )
-            ),
+            attacks=dict(eot_pgd20=EOT_PGD20),
         ),
     )
