@@ -1,6 +1,6 @@
 """Kills the evaluation of a run in every attack, and compares with one that nobody touched.
 
-    python tests/long_kill.py RUN --out=FILE [--config.evaluation.KEY=VALUE ..]
+    PYTHONPATH=. python tests/long_kill.py RUN --out=FILE [--config.evaluation.KEY=VALUE ..]
 
 The long form of test_evaluation_resume.py, for as many images as the run has. Writes whether the
 two records agree, bit for bit, and how much memory the untouched one held while its images went
