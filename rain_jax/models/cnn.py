@@ -153,7 +153,7 @@ class _CNN(nn.Module):
                 x = norm(name=f"norm{place}")(x)
             x = self.activation(x)
             if stage.pool:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = layers.max_pool_2x2(x)
         x = x.reshape(x.shape[0], -1)
         for place, width in enumerate(self.hidden, 1):
             dense = nn.Dense(width, kernel_init=he_normal, dtype=self.dtype, name=f"dense{place}")

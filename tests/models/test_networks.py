@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from rain_jax import models
 from rain_jax.checks import UsageError
-from rain_jax.models.layers import Activation, batch_norm
+from rain_jax.models.layers import Activation, batch_norm, max_pool_2x2
 from rain_jax.models.network import network
 from rain_jax.types import Network
 
@@ -414,3 +414,17 @@ def test_a_module_that_cannot_synchronise_says_so() -> None:
     net.apply(variables, images, train=True)
     with pytest.raises(UsageError, match="Alone has no field"):
         net.apply(variables, images, train=True, axis_name="device")
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8, 2), (2, 7, 5, 3), (1, 2, 3, 1)])
+def test_the_maximum_is_that_of_flax_in_value_and_gradient(shape):
+    """With many ties, where the first pixel of a window has the gradient."""
+    maps = jnp.round(2 * jax.random.normal(jax.random.key(0), shape)) / 2
+    slope = jax.random.normal(jax.random.key(1), (shape[0], shape[1] // 2, shape[2] // 2, shape[3]))
+    flax = lambda maps: nn.max_pool(maps, (2, 2), strides=(2, 2))
+    for found, expected in zip(
+        *(jax.vjp(pool, maps) for pool in (max_pool_2x2, flax)), strict=True
+    ):
+        if callable(found):
+            found, expected = found(slope)[0], expected(slope)[0]
+        np.testing.assert_array_equal(found, expected)
