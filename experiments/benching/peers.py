@@ -15,19 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from experiments.benching import recipe
 from experiments.benching.clock import Side, cpus
 from experiments.benching.images import device_of, waiting
-from experiments.benching.recipe import (
-    BETA,
-    DECAY,
-    FAST_STEP,
-    LEARNING_RATE,
-    MOMENTUM,
-    NEARBY,
-    RADIUS,
-    STEP_SIZE,
-    THRESHOLD,
-)
 
 
 def training_step(
@@ -62,7 +52,11 @@ def training_step(
     for own, shared in zip(mine, itertools.chain(model.parameters(), model.buffers()), strict=True):
         own.data = shared.data
     optimiser = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=DECAY, fused=True
+        model.parameters(),
+        recipe.LEARNING_RATE,
+        momentum=recipe.MOMENTUM,
+        weight_decay=recipe.DECAY,
+        fused=True,
     )
     learning, attacked = (torch.compile(m) if compiled else m for m in (model, fixed))
 
@@ -72,15 +66,17 @@ def training_step(
         return found.float()
 
     clean, truth = there(images), torch.tensor(labels, dtype=torch.int64, device=device)
-    low, high = (clean - RADIUS).clamp(0, 1), (clean + RADIUS).clamp(0, 1)
+    low, high = (clean - recipe.RADIUS).clamp(0, 1), (clean + recipe.RADIUS).clamp(0, 1)
     given = [there(start) for start in starts]
 
     def start() -> Tensor:
         if given:
             return given.pop(0)
         if method == "trades":
-            return _kept(clean + NEARBY * torch.randn_like(clean), low, high)
-        return _kept(clean + torch.empty_like(clean).uniform_(-RADIUS, RADIUS), low, high)
+            return _kept(clean + recipe.NEARBY * torch.randn_like(clean), low, high)
+        return _kept(
+            clean + torch.empty_like(clean).uniform_(-recipe.RADIUS, recipe.RADIUS), low, high
+        )
 
     def adversarial() -> Tensor:
         seen = lambda x: logits(attacked, x)
@@ -91,7 +87,7 @@ def training_step(
             wrong = lambda found: _kl(found, before)
         if method == "sense":
             return _sensible(seen, start(), truth, low, high, steps)
-        many, size = (1, FAST_STEP) if method == "fast" else (steps, STEP_SIZE)
+        many, size = (1, recipe.FAST_STEP) if method == "fast" else (steps, recipe.STEP_SIZE)
         x = start()
         for _ in range(many):
             slope = _slope(lambda x: wrong(seen(x)), x)
@@ -104,7 +100,7 @@ def training_step(
         if method == "trades":
             natural = logits(learning, clean)
             change = _kl(found, functional.log_softmax(natural, 1)) / len(truth)
-            loss = functional.cross_entropy(natural, truth) + BETA * change
+            loss = functional.cross_entropy(natural, truth) + recipe.BETA * change
         else:
             loss = functional.cross_entropy(found, truth)
         optimiser.zero_grad(set_to_none=True)
@@ -152,7 +148,7 @@ def _sensible(
     steps: int,
 ) -> Tensor:  # fmt: skip
     """The images of `methods.sense`: a step that crosses the threshold is taken back."""
-    cut = -np.log(THRESHOLD)
+    cut = -np.log(recipe.THRESHOLD)
 
     def look(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = x.detach().requires_grad_()
@@ -164,7 +160,7 @@ def _sensible(
     slope, losses, found = look(x)
     done = (found.argmax(1) != truth) | (losses > cut)
     for _ in range(steps):
-        further = _kept(x + STEP_SIZE * slope.sign(), low, high)
+        further = _kept(x + recipe.STEP_SIZE * slope.sign(), low, high)
         slope_there, losses, _ = look(further)
         done = done | (losses > cut)
         stays = done[:, None, None, None]

@@ -10,19 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.benching import recipe
 from experiments.benching.clock import Program, Row, Side
 from experiments.benching.images import pictures
-from experiments.benching.recipe import (
-    BETA,
-    DECAY,
-    FAST_STEP,
-    LEARNING_RATE,
-    MOMENTUM,
-    NEARBY,
-    RADIUS,
-    STEP_SIZE,
-    THRESHOLD,
-)
 from experiments.schema import call, registered
 from rain_jax import attacks, methods, models, norms, optimisers, training
 from rain_jax.checks import UsageError, one_of, within
@@ -33,7 +23,7 @@ from rain_jax.types import Array, Batch, Key, Method, Metrics, Network, Objectiv
 Which = Literal["natural", "pgd", "trades", "sense", "fast"]
 Dtype = Literal["float32", "bfloat16"]
 CLASSES = 10
-THREAT = Threat(norms.linf, RADIUS)
+THREAT = Threat(norms.linf, recipe.RADIUS)
 
 
 def steps(
@@ -136,7 +126,9 @@ class Workload(NamedTuple):
 
     def method(self, name: str, attack_steps: int) -> Method:
         optimiser = optimisers.sgd(
-            optax.constant_schedule(LEARNING_RATE), momentum=MOMENTUM, weight_decay=DECAY
+            optax.constant_schedule(recipe.LEARNING_RATE),
+            momentum=recipe.MOMENTUM,
+            weight_decay=recipe.DECAY,
         )
         return training.minimise(objective(name, self.made, attack_steps), optimiser)
 
@@ -157,21 +149,23 @@ class Workload(NamedTuple):
 
 def objective(name: str, network: Network, attack_steps: int) -> Objective:
     """What a method of this suite minimises."""
-    climb: Any = partial(attacks.pgd, THREAT, steps=attack_steps, step_size=STEP_SIZE, keep="last")
+    climb: Any = partial(
+        attacks.pgd, THREAT, steps=attack_steps, step_size=recipe.STEP_SIZE, keep="last"
+    )
     match one_of("methods", name, ("natural", "pgd", "trades", "sense", "fast")):
         case "natural":
             return methods.natural(network)
         case "pgd":
             return methods.adversarial(network, climb())
         case "trades":
-            return methods.trades(network, climb(loss=kl, start="normal"), beta=BETA)
+            return methods.trades(network, climb(loss=kl, start="normal"), beta=recipe.BETA)
         case "sense":
             return methods.sense(
-                network, THREAT, threshold=THRESHOLD, steps=attack_steps, step_size=STEP_SIZE,
-                warmup=0.0,
+                network, THREAT, threshold=recipe.THRESHOLD, steps=attack_steps,
+                step_size=recipe.STEP_SIZE, warmup=0.0,
             )  # fmt: skip
         case _:
-            attack: Any = attacks.fgsm(THREAT, start="uniform", step_size=FAST_STEP)
+            attack: Any = attacks.fgsm(THREAT, start="uniform", step_size=recipe.FAST_STEP)
             return methods.adversarial(network, attack)
 
 
@@ -188,7 +182,7 @@ def starts(name: str, batch: Batch, count: int = 1) -> list[np.ndarray]:
 
 def _start(name: str, key: Key, image: Array) -> Array:
     if name == "trades":
-        change = NEARBY * jax.random.normal(key, image.shape)
+        change = recipe.NEARBY * jax.random.normal(key, image.shape)
         return norms.project(THREAT, image, image + change)
     return norms.random_start(THREAT, key, image)
 

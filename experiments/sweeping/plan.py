@@ -232,8 +232,7 @@ class Plan:
             images = jnp.zeros((1, *self.shape), jnp.float32)
             drawn = jax.jit(made.network.init)(keys_of(one.seed).init, images)
             return start.begun(base._replace(start=begin), drawn, self.devices)
-        variables, _ = loading.load(base, one.run)
-        return variables
+        return loading.load(base, one.run)[0]
 
     def weights(self, one: Resolved) -> str:
         """A hash of a cell's weights."""

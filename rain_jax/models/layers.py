@@ -100,7 +100,7 @@ def max_pool_2x2(maps: Array) -> Array:
 
     The values and gradients of `flax.linen.max_pool(maps, (2, 2), strides=(2, 2))`, bit for bit: of
     equal pixels the first, row by row, is the maximum. The gradient there is a select-and-scatter,
-    which XLA:CPU runs some twenty times slower than this one.
+    which is slow on XLA:CPU.
     """
     batch, height, width, channels = maps.shape
     rows, columns = height // 2, width // 2
