@@ -144,12 +144,121 @@ def _convolve(images: Array, kernel: Array, window: _Window) -> Array:
         config = [(0, 0, 0), *((low, high, by - 1) for (low, high), by in sides), (0, 0, 0)]
         images = lax.optimization_barrier(lax.pad(images, jnp.zeros((), images.dtype), config))
         window = window._replace(padding=((0, 0), (0, 0)), lhs_dilation=(1, 1))
-    maps = lax.conv_general_dilated(images, kernel, **window._asdict(), dimension_numbers=CANONICAL)
+    maps = _by_a_fast_routine(images, kernel, window)
     if maps.dtype == jnp.bfloat16:
         # XLA:CPU of jax 0.12.0 fuses conv, relu, conv, relu, max-pool in bfloat16 into one library
         # call, and that one reads memory nobody wrote: NaN. The barrier keeps them apart.
         maps = lax.optimization_barrier(maps)
     return maps
+
+
+def _by_a_fast_routine(images: Array, kernel: Array, window: _Window) -> Array:
+    """The convolution, in a form for which XLA:CPU has a fast routine where the plain one is slow.
+
+    Both detours were found by timing forms against each other (jaxlib 0.10, x86), and are left
+    where they did not win: `experiments.benchmark --config.suite=convolutions` times them.
+    """
+    if images.dtype != jnp.float32:
+        return _plain(images, kernel, window)
+    if window.lhs_dilation != (1, 1):
+        if _phases_are_faster(kernel, window):
+            return _by_phases(images, kernel, window)
+        return _plain(images, kernel, window)
+    several = _neighbours_at_once(images, kernel, window)
+    if several > 1:
+        return _wide(images, kernel, window, several)
+    area = math.prod(images.shape[1:3])
+    unpadded = all(pair == (0, 0) for pair in window.padding) and kernel.shape[0] > 1
+    if unpadded and window.window_strides == (1, 1) and images.shape[3] >= 24 and area >= 14 * 14:
+        # Without any padding, images of many channels take a route several times slower. One row
+        # of zeros below leads off it; what it adds is cut away.
+        padded = _plain(images, kernel, window._replace(padding=((0, 1), (0, 0))))
+        return padded[:, :-1]
+    return _plain(images, kernel, window)
+
+
+def _plain(images: Array, kernel: Array, window: _Window) -> Array:
+    return lax.conv_general_dilated(images, kernel, **window._asdict(), dimension_numbers=CANONICAL)
+
+
+def _phases_are_faster(kernel: Array, window: _Window) -> bool:
+    usual = window.window_strides == window.rhs_dilation == (1, 1)
+    return usual and 16 <= kernel.shape[3] <= 64
+
+
+def _by_phases(images: Array, kernel: Array, window: _Window) -> Array:
+    """A convolution of spread-out images, without the zeros between their pixels.
+
+    Pixels of the result that leave the same remainder by the dilation see the same part of the
+    kernel: each such phase is a convolution of the images as they were, and then they are shuffled
+    together.
+    """
+    spread, (batch, *size, _) = window.lhs_dilation, images.shape
+    span = [_span(size[i], spread[i]) + sum(window.padding[i]) for i in (0, 1)]
+    out = [span[i] - kernel.shape[i] + 1 for i in (0, 1)]
+    m = [-(-out[i] // spread[i]) for i in (0, 1)]  # pixels of each phase
+
+    def along(i: int, phase: int) -> tuple[int, tuple[int, int]]:
+        """The first tap that meets pixels of the images, and the padding under the taps met."""
+        tap = (window.padding[i][0] - phase) % spread[i]
+        low = (window.padding[i][0] - phase - tap) // spread[i]
+        met = len(range(tap, kernel.shape[i], spread[i]))
+        return tap, (low, m[i] + met - 1 - size[i] - low)
+
+    rows = []
+    for y, above in (along(0, phase) for phase in range(spread[0])):
+        columns = []
+        for x, left in (along(1, phase) for phase in range(spread[1])):
+            part = kernel[y :: spread[0], x :: spread[1]]
+            if part.size:
+                of_phase = window._replace(padding=(above, left), lhs_dilation=(1, 1))
+                columns.append(_by_a_fast_routine(images, part, of_phase))
+            else:  # a kernel smaller than the dilation: these pixels see zeros alone
+                columns.append(jnp.zeros((batch, *m, kernel.shape[3]), images.dtype))
+        rows.append(jnp.stack(columns, 3))
+    maps = jnp.stack(rows, 2)  # [B, m, phases, m, phases, K]
+    maps = maps.reshape(batch, m[0] * spread[0], m[1] * spread[1], kernel.shape[3])
+    return maps[:, : out[0], : out[1]]
+
+
+def _neighbours_at_once(images: Array, kernel: Array, window: _Window) -> int:
+    """How many pixels of a row to compute as channels of one: the routines like them many."""
+    height, width, channels, features = kernel.shape
+    # Unpadded images have a route of their own, good enough from some ten channels on.
+    unpadded = all(pair == (0, 0) for pair in window.padding) and channels > 4
+    if window.rhs_dilation != (1, 1) or height * width == 1 or unpadded:
+        return 1
+    if channels >= 24 or not 3 <= features <= 32:
+        return 1
+    # For colours no route is fast before 64 channels leave at once.
+    several = min(4, 64 // features) if channels == 3 else min(8, 32 // features)
+    reach = width + (several - 1) * window.window_strides[1]
+    # Not where the wide kernel has more pixels than its image: see `_convolve`.
+    return several if height * reach <= math.prod(images.shape[1:3]) else 1
+
+
+def _wide(images: Array, kernel: Array, window: _Window, several: int) -> Array:
+    """The convolution by a kernel whose channels are those of `several` pixels side by side.
+
+    The same sums, with zeros among them: the kernel reaches over all that these pixels see.
+    """
+    stride = window.window_strides[1]
+    low, high = window.padding[1]
+    height, reach, channels, features = kernel.shape
+    width = (images.shape[2] + low + high - reach) // stride + 1
+    strips = -(-width // several)
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (stride * i, stride * (several - 1 - i)), (0, 0), (0, 0)))
+        for i in range(several)
+    ]
+    kernel = jnp.stack(shifted, 3).reshape(height, -1, channels, several * features)
+    seen = (strips - 1) * several * stride + kernel.shape[1]
+    window = window._replace(
+        window_strides=(window.window_strides[0], several * stride),
+        padding=(window.padding[0], (low, seen - images.shape[2] - low)),
+    )
+    maps = _plain(images, kernel, window)
+    return maps.reshape(*maps.shape[:2], strips * several, features)[:, :, :width]
 
 
 def _forward(images: Array, kernel: Array, window: _Window) -> tuple[Array, tuple[Array, Array]]:

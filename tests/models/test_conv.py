@@ -37,6 +37,18 @@ SHAPES = [
     ((2, 3), (4, 4), (2, 2), ((1, 1), (1, 2)), (1, 1), (2, 3)),
     ((9, 8), (3, 3), (2, 1), "SAME", (2, 3), (2, 3)),
     ((9, 8), (3, 2), (2, 1), ((2, 1), (0, 1)), (1, 2), (2, 3)),
+    # Those that take a detour to a faster routine: several pixels at once (of grey, colours and
+    # features, widths that they divide and others), a row of zeros below, phases of a stride.
+    ((12, 12), (4, 4), (2, 2), ((1, 1), (1, 1)), (1, 1), (1, 16)),
+    ((13, 15), (4, 4), (2, 2), ((1, 1), (1, 1)), (1, 1), (1, 16)),
+    ((12, 14), (3, 3), (1, 1), "SAME", (1, 1), (3, 16)),
+    ((16, 12), (3, 3), (1, 1), "SAME", (1, 1), (16, 3)),
+    ((11, 13), (5, 5), (3, 2), ((1, 2), (2, 0)), (1, 1), (4, 10)),
+    ((9, 11), (3, 3), (1, 1), "VALID", (1, 1), (4, 8)),
+    ((14, 15), (3, 3), (1, 1), "VALID", (1, 1), (24, 8)),
+    ((12, 13), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), (16, 8)),
+    ((13, 12), (4, 3), (3, 2), ((2, 1), (0, 1)), (1, 1), (20, 4)),
+    ((12, 12), (1, 1), (2, 2), "VALID", (1, 1), (16, 8)),
 ]
 
 
@@ -263,6 +275,43 @@ def test_no_slow_convolution_is_left_in_a_compiled_loop(strides: Any, size: Any)
     assert compiled_layouts(ours, x, k) == {"b01f_01io"}
     if compiled_layouts(theirs, x, k) == {"b01f_01io"}:
         pytest.skip("this XLA:CPU leaves no slow layout in loops any more: conv.py may go")
+
+
+@pytest.mark.parametrize(
+    "size, channels, strides, padding, expected",
+    [
+        ((28, 28), (1, 16), (2, 2), "SAME", {(14, 7, 32)}),  # two pixels at once
+        ((32, 32), (3, 16), (1, 1), "SAME", {(32, 8, 64)}),  # four, of colours
+        ((30, 30), (32, 32), (1, 1), "VALID", {(29, 28, 32)}),  # a row more, cut away
+        ((32, 32), (32, 32), (1, 1), "SAME", {(32, 32, 32)}),  # none
+    ],
+)
+def test_a_detour_is_taken_where_it_is_faster(
+    size: Any, channels: Any, strides: Any, padding: Any, expected: set[Any]
+) -> None:
+    x, k = operands(size, (3, 3), channels)
+    program = jax.make_jaxpr(both(strides, padding)[0])(x, k).jaxpr
+    assert {equation.outvars[0].aval.shape[1:] for equation in convolutions(program)} == expected
+
+
+def test_phases_meet_no_zeros_between_pixels() -> None:
+    x, k = operands((16, 16), (3, 3), (16, 32))
+    towards_images = jax.grad(lambda x: loss_of(both((2, 2), "SAME")[0])(x, k))
+    dilations = [
+        equation.params["lhs_dilation"]
+        for equation in convolutions(jax.make_jaxpr(towards_images)(x).jaxpr)
+    ]
+    assert set(dilations) == {(1, 1)}
+    assert len(dilations) >= 5  # forward, and four phases
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about what XLA:CPU does")
+@pytest.mark.parametrize("options", [{}, dict(channels=(24, 8)), dict(channels=(16, 16))], ids=str)
+def test_a_detour_is_canonical_too(options: dict[str, Any]) -> None:
+    x, k = operands((16, 16), (3, 3), options.get("channels", (3, 16)))
+    padding = "VALID" if options.get("channels") == (24, 8) else "SAME"
+    for strides in [(1, 1), (2, 2)]:
+        assert compiled_layouts(both(strides, padding)[0], x, k) == {"b01f_01io"}
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about what XLA:CPU does")
