@@ -30,7 +30,7 @@ import jax
 import ml_collections
 
 from experiments import workdir
-from experiments.benching import attacking, first, images, machine, show, training
+from experiments.benching import attacking, convolutions, first, images, machine, show, training
 from experiments.benching.clock import Once, Peaks, Row, cpus, measure
 from experiments.build import plain
 from experiments.cli import run
@@ -43,6 +43,7 @@ from rain_jax.parallel import initialise
 SUITES: dict[str, Callable[..., Sequence[Row | Once]]] = {
     "checkpoint": machine.checkpoint,
     "compile": first.compiling,
+    "convolutions": convolutions.convolutions,
     "data": machine.feeds,
     "dispatch": training.dispatch,
     "edsr": images.edsr,

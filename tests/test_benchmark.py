@@ -217,6 +217,7 @@ def test_a_peer_that_is_missing_or_fails_is_a_line():
 SMALL = {
     "checkpoint": dict(model="cnn", size=8, saves=2),
     "compile": dict(networks=("cnn",), batch_sizes=(2,), size=8, attack_steps=2),
+    "convolutions": dict(shapes=((2, 8, 1, 16, 3, 1, 1), (2, 8, 16, 16, 3, 2, 0))),
     "data": dict(images=((4, 16),), batches=3),
     "dispatch": dict(model="cnn", methods=("pgd",), batch_size=2, count=2, size=8, attack_steps=2),
     "edsr": dict(networks=((1, 4),), images=(2, 8), compiled=False),
@@ -229,8 +230,8 @@ SMALL = {
     "sweep": dict(model="cnn", images=2, size=8, radii=(0.03, 0.1), draws=2, steps=2),
 }  # fmt: skip
 # Beside the three of "peak"; the packages that peers need; and whether results are compared.
-LINES = {"checkpoint": 1, "compile": 1, "data": 3, "dispatch": 1, "edsr": 2, "evaluation": 2,
-         "jpeg": 3, "peak": 0, "rain": 2, "steps": 2, "sweep": 1}  # fmt: skip
+LINES = {"checkpoint": 1, "compile": 1, "convolutions": 4, "data": 3, "dispatch": 1, "edsr": 2,
+         "evaluation": 2, "jpeg": 3, "peak": 0, "rain": 2, "steps": 2, "sweep": 1}  # fmt: skip
 NEEDS = {"Pillow": "PIL", "kornia": "kornia", "PyTorch": "torch", "torchattacks": "torchattacks"}
 DRAWN = ("data", "evaluation", "rain")
 
@@ -275,7 +276,7 @@ def test_the_command_prints_a_table_and_writes_json(suite, tmp_path, capsys):
             measured += 1
             assert told["wall"][0] > 0
             assert ("difference" in told) == (suite not in DRAWN)
-            if suite in ("edsr", "steps"):
+            if suite in ("convolutions", "edsr", "steps"):
                 assert max(told["difference"]) < 1e-4
             if suite in ("dispatch", "sweep"):  # ours beside ours
                 assert max(told["difference"]) < 1e-5
@@ -315,6 +316,8 @@ def test_a_profile_is_a_trace_for_every_line(tmp_path):
         ("jpeg.qualty=3", "config.jpeg.qualty: no such key: .*did you mean 'quality'"),
         ("jpeg.quality=0", "config.jpeg.quality=0"),
         ("edsr.images=(4,)", "config.edsr.images"),
+        ("convolutions.shapes=((1,2,3),)", "expected count, size, channels, .*padding"),
+        ("convolutions.shapes=((1,2,1,1,4,1,0),)", "expected no kernel larger than its images"),
         (
             "steps.batch_sizes=(4,)",
             r"config.steps.batch_sizes=\(4,\): expected one for each of the 2",

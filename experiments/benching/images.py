@@ -53,7 +53,7 @@ def jpeg(
                 peers["kornia"] = partial(_kornia, pixels, quality, None)
             hard = partial(ours, subsampling, "hard")
             rows.append(_row(f"{what}, {subsampling}", hard, arguments, peers, count))
-        slope = _direction(pixels.shape)
+        slope = direction(pixels.shape)
         rows.append(
             _row(
                 f"{what}, 420, with gradient",
@@ -134,7 +134,7 @@ def _both_ways(
 ) -> list[Row]:
     """Without and with gradient, beside PyTorch; the result is `scale` times as high and wide."""
     batch, (count, height, width, channels) = jnp.asarray(pixels), pixels.shape
-    slope = _direction((count, scale * height, scale * width, channels))
+    slope = direction((count, scale * height, scale * width, channels))
     eager = {"PyTorch": partial(_torch, twin, pixels, None, False)}
     peers = {"PyTorch": partial(_torch, twin, pixels, slope, False)}
     if compiled:
@@ -166,7 +166,7 @@ def pictures(count: int, size: int) -> np.ndarray:
     return np.round(255 * found).astype(np.float32) / 255
 
 
-def _direction(shape: tuple[int, ...]) -> np.ndarray:
+def direction(shape: tuple[int, ...]) -> np.ndarray:
     """What comes back from further up: the gradient of a loss with respect to the result."""
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
@@ -204,7 +204,7 @@ def _kornia(pixels: np.ndarray, quality: int, slope: np.ndarray | None) -> Side:
     torch = importlib.import_module("torch")
     codec = importlib.import_module("kornia.enhance").jpeg_codec_differentiable
     asked = torch.tensor([float(quality)], device=device_of(torch))
-    return _torch_side(lambda images: codec(images, asked), pixels, slope, channels_last=False)
+    return torch_side(lambda images: codec(images, asked), pixels, slope, channels_last=False)
 
 
 def _torch(
@@ -213,10 +213,10 @@ def _torch(
     torch = importlib.import_module("torch")
     # The faster of the two layouts on CPU, and ours.
     module = twin().to(device_of(torch), memory_format=torch.channels_last)
-    return _torch_side(torch.compile(module) if compiled else module, pixels, slope)
+    return torch_side(torch.compile(module) if compiled else module, pixels, slope)
 
 
-def _torch_side(
+def torch_side(
     function: Callable[[Any], Any],
     pixels: np.ndarray,
     slope: np.ndarray | None,

@@ -104,9 +104,15 @@ def luminance(image: Image) -> Array:
     return _RED * image[:, :, 0] + _GREEN * image[:, :, 1] + _BLUE * image[:, :, 2]
 
 
+def _parts(array: Array, axis: int) -> list[Array]:
+    """The three channels along an axis."""
+    # Three slices would each pad their gradient to all channels, to be added up.
+    return [jnp.squeeze(part, axis) for part in jax.lax.split(array, (1, 1, 1), axis % array.ndim)]
+
+
 def _to_planes(levels: Array) -> Array:
     """8-bit colours [H, W, 3] to 8-bit luma, blue and red chroma [3, H, W]."""
-    red, green, blue = jnp.moveaxis(levels, -1, 0)
+    red, green, blue = _parts(levels, -1)
 
     def weighted(weights: np.ndarray) -> Array:
         r, g, b = weights.tolist()
@@ -120,7 +126,8 @@ def _to_planes(levels: Array) -> Array:
 
 def _to_colours(planes: Array) -> Array:
     """The way back: [3, H, W] to [H, W, 3]."""
-    y, cb, cr = planes[0], planes[1] - _GREY, planes[2] - _GREY
+    y, cb, cr = _parts(planes, 0)
+    cb, cr = cb - _GREY, cr - _GREY
     red = y + _RED_TO_RED * cr
     green = y + (_BLUE_TO_GREEN * cb + _RED_TO_GREEN * cr)
     blue = y + _BLUE_TO_BLUE * cb
@@ -163,6 +170,8 @@ _floor = straight_through(jnp.floor)
 def _pad(planes: Array, rows: int, columns: int) -> Array:
     """[P, H, W] continued by its edges to multiples of `rows` and `columns`."""
     _, height, width = planes.shape
+    if height % rows == width % columns == 0:
+        return planes  # the gradient through no edges at all would still be padded and added up
     return jnp.pad(planes, ((0, 0), (0, -height % rows), (0, -width % columns)), mode="edge")
 
 
