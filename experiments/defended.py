@@ -106,7 +106,9 @@ def _sections(defence: dict[str, Any], group: settings.Ensemble | None) -> list[
             f"config.ensemble.key={group.key!r}: expected one of {', '.join(keys)}"
             f"{nearest(group.key, keys)}"
         )
-    return [{**defence, key: value} for value in group.values]
+    # Values are numbers of any kind; what was whole stays whole, as a quality of JPEG must.
+    whole = isinstance(defence[key], int) and all(value == int(value) for value in group.values)
+    return [{**defence, key: int(value) if whole else value} for value in group.values]
 
 
 def _parsed(

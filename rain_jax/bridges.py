@@ -129,7 +129,7 @@ def _handed(rows: Array, like: torch.Tensor) -> torch.Tensor:
     """The first rows, as many as `like` has, on the device of `like`."""
     if not like.is_cuda:
         rows = jax.device_put(rows, jax.local_devices(backend="cpu")[0])
-    return torch.from_dlpack(rows)[: len(like)].to(like.device)
+    return torch.utils.dlpack.from_dlpack(rows)[: len(like)].to(like.device)
 
 
 def from_torch(module: torch.nn.Module, *, random: bool = False) -> LogitsFn:

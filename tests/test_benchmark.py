@@ -316,7 +316,7 @@ def test_a_profile_is_a_trace_for_every_line(tmp_path):
         ("jpeg.qualty=3", "config.jpeg.qualty: no such key: .*did you mean 'quality'"),
         ("jpeg.quality=0", "config.jpeg.quality=0"),
         ("edsr.images=(4,)", "config.edsr.images"),
-        ("convolutions.shapes=((1,2,3),)", "expected count, size, channels, .*padding"),
+        ("convolutions.shapes=((1,2,3),)", "expected batch, size, channels, .*padding"),
         ("convolutions.shapes=((1,2,1,1,4,1,0),)", "expected no kernel larger than its images"),
         (
             "steps.batch_sizes=(4,)",

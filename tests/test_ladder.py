@@ -66,6 +66,16 @@ def test_a_fixed_defence_meets_the_standard_suite_and_its_members_one_by_one(tmp
     assert list(looks)[-3:] == ["square", "rays", "far"]
 
 
+def test_members_may_differ_in_a_whole_number(tmp_path):
+    group = dict(key="defence.quality", values=(80.0, 20.0))
+    experiment = experiment_of(tmp_path, defence=dict(name="jpeg"), ensemble=group)
+    tables = jax.tree.leaves(drawn(experiment)["frozen"])
+    assert any(np.shape(leaf)[-2:] == (8, 8) for leaf in tables)
+    with pytest.raises(UsageError, match=r"quality=80\.5"):
+        half = dict(key="defence.quality", values=(80.5, 20.0))
+        experiment_of(tmp_path, defence=dict(name="jpeg"), ensemble=half)
+
+
 def test_surrogates_can_be_chosen_and_the_run_before_is_what_transfers(tmp_path):
     chosen = experiment_of(tmp_path, ("evaluation.ladder.surrogates", ["identity"]), defence=JPEG)
     assert "identity" in chosen.looks

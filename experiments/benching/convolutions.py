@@ -22,9 +22,9 @@ from rain_jax.types import Array
 
 
 class Shape(NamedTuple):
-    """A batch of `count` images [size, size, channels] under a square kernel."""
+    """A batch of `batch` images [size, size, channels] under a square kernel."""
 
-    count: int
+    batch: int
     size: int
     channels: int
     features: int
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     padding: int  # pixels on each side
 
     def __str__(self) -> str:
-        at = f"{self.count} x {self.size}x{self.size}x{self.channels}"
+        at = f"{self.batch} x {self.size}x{self.size}x{self.channels}"
         steps = f", stride {self.stride}" if self.stride > 1 else ""
         return (
             f"{at} to {self.features}, {self.kernel}x{self.kernel}{steps}, padding {self.padding}"
@@ -55,7 +55,7 @@ SHAPES = (
 
 
 def convolutions(*, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Row]:
-    """Each shape (count, size, channels, features, kernel, stride, padding), both ways.
+    """Each shape (batch, size, channels, features, kernel, stride, padding), both ways.
 
     `lax` is the convolution as XLA has it, at the top level of a program, where its gradient is
     fast too; "with gradient" is that towards the images, as attacks need it.
@@ -74,13 +74,13 @@ def convolutions(*, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Row]:
 
 def _row(shape: Shape, with_gradient: bool) -> Row:
     draw = np.random.default_rng(0)
-    size = (shape.count, shape.size, shape.size, shape.channels)
+    size = (shape.batch, shape.size, shape.size, shape.channels)
     images = draw.standard_normal(size, np.float32)
     kernel = draw.standard_normal(
         (shape.kernel, shape.kernel, shape.channels, shape.features), np.float32
     )
     out = (shape.size + 2 * shape.padding - shape.kernel) // shape.stride + 1
-    slope = direction((shape.count, out, out, shape.features)) if with_gradient else None
+    slope = direction((shape.batch, out, out, shape.features)) if with_gradient else None
 
     def program(convolve: Callable[..., Array]) -> Program:
         def forward(batch: Array, kernel: Array) -> Array:
@@ -103,7 +103,7 @@ def _row(shape: Shape, with_gradient: bool) -> Row:
         f"conv, {shape}{', with gradient' if with_gradient else ''}",
         partial(program, conv_general_dilated),
         {"lax": theirs, "PyTorch": partial(_torch, shape, images, kernel, slope)},
-        images=shape.count,
+        images=shape.batch,
     )
 
 

@@ -44,7 +44,7 @@ def training_step(
     def there(array: np.ndarray) -> Tensor:
         return torch.tensor(array, device=device).permute(0, 3, 1, 2)
 
-    model = twin.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    model = _placed(twin, device).train().requires_grad_(True)
     # The same weights a second time, frozen and in evaluation mode, for attacks: switching one
     # module back and forth would be compiled anew, or compute gradients that nobody asked for.
     fixed = copy.deepcopy(model).eval().requires_grad_(False)
@@ -118,7 +118,7 @@ def torchattacks(
     from experiments import peers
 
     wait, memory = waiting(torch)
-    model = twin.to(device_of(torch), memory_format=torch.channels_last)
+    model = _placed(twin, device_of(torch))
 
     def call() -> np.ndarray:
         return peers.run(
@@ -126,6 +126,11 @@ def torchattacks(
         )
 
     return Side(call, lambda found: [found], wait, memory)
+
+
+def _placed(module: Any, device: str) -> nn.Module:
+    """On the device, channels last, which PyTorch's own signatures do not know of a module."""
+    return module.to(device, memory_format=torch.channels_last)
 
 
 def _kept(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

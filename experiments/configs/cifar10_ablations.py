@@ -1,0 +1,60 @@
+"""Parts of RAIN and of NN-JPEG in front of one naturally trained classifier of CIFAR-10, untrained.
+
+    python -m experiments.train --config=experiments/configs/cifar10_natural.py
+    python -m experiments.analyse --workdir=runs/cifar10_natural
+    for part in picks-shift picks shift jpeg nn_jpeg nn_jpeg_vote jpeg_vote; do
+        python -m experiments.adopt --config=experiments/configs/cifar10_ablations.py:$part \
+            --workdir=runs/ablations/$part
+        python -m experiments.evaluate --config=experiments/configs/ladder.py:small \
+            --workdir=runs/ablations/$part
+    done
+
+What each part does by itself, where nothing has learned to live with it: RAIN's random picks and
+shift, with bicubic interpolation in the place of its network; JPEG at quality 75, the network's own
+table at level 30, and votes over four levels of either. The whole, which learns, is `cifar10_rain`
+and `cifar10_nn_jpeg` beside this file.
+"""
+
+from typing import Any
+
+import ml_collections
+
+from experiments.build import config
+from experiments.recipes import cifar10_small, row
+
+BICUBIC = dict(name="rain", upscaler=dict(name="bicubic"))
+OWN_TABLE = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")
+PARTS: dict[str, dict[str, Any]] = {
+    "picks-shift": dict(defence=BICUBIC),
+    "picks": dict(defence={**BICUBIC, "reach": 0.0}),
+    "shift": dict(defence={**BICUBIC, "down": "bicubic"}),
+    "jpeg": dict(defence=dict(name="jpeg", quality=75)),
+    "nn_jpeg": dict(defence={**OWN_TABLE, "level": 30.0}),
+    "nn_jpeg_vote": dict(
+        defence=OWN_TABLE,
+        ensemble=dict(key="defence.level", values=(15.0, 30.0, 45.0, 60.0)),
+    ),
+    "jpeg_vote": dict(  # the qualities of SHIELD's members
+        defence=dict(name="jpeg"),
+        ensemble=dict(key="defence.quality", values=(80.0, 60.0, 40.0, 20.0)),
+    ),
+}
+TEXTS = tuple(PARTS)
+
+
+def get_config(part: str = "picks-shift") -> ml_collections.ConfigDict:
+    """One part; its evaluation is the ladder's, or PGD-20 along the mean over draws."""
+    return config(
+        seed=0,
+        **cifar10_small(),
+        **row(PARTS, part),
+        start=dict(classifier="runs/cifar10_natural"),
+        method=dict(name="natural"),
+        training=dict(epochs=2, batch_size=128),
+        evaluation=dict(
+            batch_size=100,
+            images=1000,
+            eight_bit=True,
+            attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255)),
+        ),
+    )
