@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, defended, evaluate, loading, proof, start
+from experiments import build, cli, defended, evaluate, loading, proof, start
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
+from rain_jax.defences.tables import Statistics
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import choose_devices, image_keys, place
@@ -292,3 +293,25 @@ def test_members_all_begin_with_the_classifier_of_another_run(tmp_path):
     nowhere = experiment_of(tmp_path, defence=JPEG, start=dict(classifier=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="expected the folder of a run"):
         start.begun(nowhere, drawn(nowhere), devices)
+
+
+# --- Configs ----------------------------------------------------------------------------------
+
+ABLATIONS = commands.ROOT / "experiments" / "configs" / "cifar10_ablations.py"
+PARTS = ["picks-shift", "picks", "shift", "jpeg", "nn_jpeg", "nn_jpeg_vote", "jpeg_vote"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
+    spec = build.plain(cli.load_config(f"{ABLATIONS}:{part}"))
+    if spec["defence"].get("statistics"):
+        np.savez(
+            tmp_path / "statistics.npz", **{name: np.ones((3, 8, 8)) for name in Statistics._fields}
+        )
+        spec["defence"]["statistics"] = str(tmp_path / "statistics.npz")
+    found = experiment_of(tmp_path, **{name: spec[name] for name in ("defence", "ensemble")})
+    random = part in ("picks-shift", "picks", "shift")
+    assert found.network.random == random
+    assert ("eot_margin" in found.looks) == random
+    assert ("fab_t" in found.looks) == (not random)
+    assert ("member:3" in found.looks) == part.endswith("_vote")
