@@ -96,10 +96,10 @@ def test_stopped_it_goes_on_and_ends_as_if_nothing_had_happened(uninterrupted, c
     assert commands.results(tmp_path / "run") == commands.results(uninterrupted[0])
 
 
-def test_the_config_in_the_house_is_one_of_this_command(config):
-    spec = load_config(str(commands.ROOT / "experiments/configs/upscaling/edsr_small.py"))
-    name = load_config(str(config))["data"]["name"]
-    spec["data"] = {"name": name, "holdout": 8}
+@pytest.mark.parametrize("name", ["edsr_small", "edsr_bicubic"])
+def test_the_configs_in_the_house_are_of_this_command(name, config):
+    spec = load_config(str(commands.ROOT / f"experiments/configs/upscaling/{name}.py"))
+    spec["data"] = {"name": load_config(str(config))["data"]["name"], "holdout": 8}
     built = upscale.experiment(spec)
     assert built.upscaler.factor == 2
     assert steps.plan_of(built).per_epoch == 72 // 16
