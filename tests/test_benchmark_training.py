@@ -1,6 +1,7 @@
 """The benchmark's training steps: their work is counted, and PyTorch takes the same ones."""
 
 import importlib.util
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benching import show, training
+from experiments.benching import recipe, show, training
 from experiments.benching.clock import ready
 from experiments.benching.counted import gflop_of
 from experiments.configs import benchmark as configs
@@ -18,7 +19,7 @@ NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
     reason="PyTorch is not installed: see the extra `peers`",
 )
-METHODS = ("natural", "pgd", "trades", "sense", "fast")
+METHODS = get_args(training.Which)
 CNN = training.Workload("cnn", 2, 8, "float32")
 
 
@@ -104,16 +105,18 @@ def losses_of_both(workload, method, count):
 @NEEDS_TORCH
 @pytest.mark.parametrize("method", METHODS)
 def test_pytorch_takes_the_same_steps(method, monkeypatch):
-    # A step that can be seen, so that the second loss tells of the first step.
-    for module in ("training", "peers"):
-        monkeypatch.setattr(f"experiments.benching.{module}.LEARNING_RATE", 0.05)
+    # A step that can be seen, so that the second loss tells of the first step; no draws but those
+    # that both are given.
+    monkeypatch.setattr(recipe, "LEARNING_RATE", 0.05)
+    monkeypatch.setattr(recipe, "FRIENDLY_NOISE", 0.0)
+    monkeypatch.setattr(recipe, "MIX", "none")
     ours, theirs = losses_of_both(CNN, method, 3)
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
     assert abs(ours[1] - ours[0]) > 1e-3
 
 
 @NEEDS_TORCH
-@pytest.mark.parametrize("method", ["pgd", "trades"])
+@pytest.mark.parametrize("method", ["pgd", "trades", "awp", "grad_align", "free"])
 def test_batch_norm_learns_on_the_batch_and_is_attacked_by_its_averages(method):
     workload = training.Workload("preact_resnet", 2, 8, "float32")
     ours, theirs = losses_of_both(workload, method, 1)
@@ -141,6 +144,12 @@ def test_twins_of_the_networks_that_are_measured(name, settings, size):
 
 
 # --- Sizes and bars -----------------------------------------------------------------
+
+
+def test_a_config_times_every_method():
+    spec = configs.get_config("methods")
+    assert set(*spec["steps"]["methods"]) == set(METHODS)
+    assert len(training.steps(**spec["steps"])) == len(METHODS)
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])

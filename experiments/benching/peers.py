@@ -18,6 +18,7 @@ from torch.nn import functional
 from experiments.benching import recipe
 from experiments.benching.clock import Side, cpus
 from experiments.benching.images import device_of, waiting
+from experiments.benching.training import perturbations
 
 
 def training_step(
@@ -58,7 +59,8 @@ def training_step(
         weight_decay=recipe.DECAY,
         fused=True,
     )
-    learning, attacked = (torch.compile(m) if compiled else m for m in (model, fixed))
+    both: list[Any] = [torch.compile(m) if compiled else m for m in (model, fixed)]
+    learning, attacked = both
 
     def logits(module: Any, x: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
@@ -72,40 +74,131 @@ def training_step(
     def start() -> Tensor:
         if given:
             return given.pop(0)
-        if method == "trades":
-            return _kept(clean + recipe.NEARBY * torch.randn_like(clean), low, high)
-        return _kept(
-            clean + torch.empty_like(clean).uniform_(-recipe.RADIUS, recipe.RADIUS), low, high
-        )
+        match method:
+            case "trades" | "mart":
+                return _kept(clean + recipe.NEARBY * torch.randn_like(clean), low, high)
+            case "n_fgsm":
+                return (clean + _uniform(clean, recipe.NOISE * recipe.RADIUS)).clamp(0, 1)
+            case "grad_align":
+                return clean + _uniform(clean, recipe.RADIUS)
+            case "afd":
+                return _kept(clean + _uniform(clean, 1).sign() * recipe.RADIUS, low, high)
+            case "rat":
+                target = (truth + torch.randint(1, 10, truth.shape, device=device)) % 10
+                return (clean + held[target]).clamp(0, 1)
+            case _:
+                return _kept(clean + _uniform(clean, recipe.RADIUS), low, high)
 
-    def adversarial() -> Tensor:
-        seen = lambda x: logits(attacked, x)
-        wrong = lambda found: functional.cross_entropy(found, truth, reduction="sum")
-        if method == "trades":
-            with torch.no_grad():
-                before = functional.log_softmax(seen(clean), 1)
-            wrong = lambda found: _kl(found, before)
-        if method == "sense":
-            return _sensible(seen, start(), truth, low, high, steps)
-        many, size = (1, recipe.FAST_STEP) if method == "fast" else (steps, recipe.STEP_SIZE)
-        x = start()
+    held = there(perturbations(images.shape[1])) if method == "rat" else clean
+    seen = lambda x: logits(attacked, x)
+    summed = lambda found: functional.cross_entropy(found, truth, reduction="sum")
+
+    def climbed(x: Tensor, many: int, size: float, wrong: Callable[[Tensor], Tensor]) -> Tensor:
         for _ in range(many):
             slope = _slope(lambda x: wrong(seen(x)), x)
             x = _kept(x + size * slope.sign(), low, high)
         return x
 
-    def call() -> Tensor:
-        x = clean if method == "natural" else adversarial()
+    def adversarial() -> Tensor:
+        match method:
+            case "natural":
+                return clean
+            case "rat":
+                return start()
+            case "sense":
+                return _sensible(seen, start(), truth, low, high, steps)
+            case "fat":
+                return _friendly(seen, start(), truth, low, high, steps)
+            case "n_fgsm":
+                x = start()
+                return (x + recipe.RADIUS * _slope(lambda x: summed(seen(x)), x).sign()).clamp(0, 1)
+            case "grad_align":
+                return climbed(clean, 1, recipe.RADIUS, summed)
+            case "fast":
+                return climbed(start(), 1, recipe.FAST_STEP, summed)
+            case "trades":
+                with torch.no_grad():
+                    before = functional.log_softmax(seen(clean), 1)
+                return climbed(start(), steps, recipe.STEP_SIZE, lambda found: _kl(found, before))
+            case _:
+                return climbed(start(), steps, recipe.STEP_SIZE, summed)
+
+    def loss_on(x: Tensor) -> Tensor:
+        """The mean over the batch of what the method minimises, `x` being what was found."""
+        shown, targets, mean = clean, truth, functional.cross_entropy
+        if method == "afd":
+            shown, x, targets = _mixed(clean, x, truth)
         found = logits(learning, x)
-        if method == "trades":
-            natural = logits(learning, clean)
-            change = _kl(found, functional.log_softmax(natural, 1)) / len(truth)
-            loss = functional.cross_entropy(natural, truth) + recipe.BETA * change
-        else:
-            loss = functional.cross_entropy(found, truth)
+        match method:
+            case "trades":
+                natural = logits(learning, clean)
+                change = _kl(found, functional.log_softmax(natural, 1)) / len(truth)
+                return mean(natural, truth) + recipe.BETA * change
+            case "mart":
+                return _weighted(found, logits(learning, clean), truth)
+            case "rat":
+                return (mean(logits(learning, clean), truth) + mean(found, truth)) / 2
+            case "afd":
+                natural = mean(logits(learning, shown), targets)
+                return (1 - recipe.CONDITION) * natural + recipe.CONDITION * mean(found, targets)
+            case "grad_align":
+                return mean(found, truth) + recipe.ALIGN * _misaligned(look, clean, start(), summed)
+            case _:
+                return mean(found, truth)
+
+    def look(x: Tensor) -> Tensor:
+        """In training mode, and no running average follows."""
+        buffers = {name: buffer.clone() for name, buffer in learning.named_buffers()}
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            found = torch.func.functional_call(learning, buffers, (x,))
+        return found.float()
+
+    def descend(loss: Tensor) -> None:
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
+
+    weights: list[Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
+
+    def perturbed(x: Tensor) -> Tensor:
+        """AWP: the loss and its gradient are taken uphill, and the step is made from here."""
+        slopes = torch.autograd.grad(functional.cross_entropy(look(x), truth), weights)
+        with torch.no_grad():
+            shifts = [
+                recipe.GAMMA * weight.norm() / (slope.norm() + 1e-20) * slope
+                for weight, slope in zip(weights, slopes, strict=True)
+            ]
+            torch._foreach_add_(weights, shifts)
+        loss = loss_on(x)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_sub_(weights, shifts)
+        optimiser.step()
+        return loss.detach()
+
+    carried = torch.zeros_like(clean)
+
+    def replayed() -> Tensor:
+        """Free-AT: one backward pass for the weights and the perturbation, again and again."""
+        total = torch.zeros((), device=device)
+        for _ in range(recipe.REPLAYS):
+            change = carried.clone().requires_grad_()
+            loss = functional.cross_entropy(logits(learning, (clean + change).clamp(0, 1)), truth)
+            descend(loss)
+            climb = carried + recipe.RADIUS * change.grad.sign()  # type: ignore[union-attr]
+            carried.copy_(climb.clamp(-recipe.RADIUS, recipe.RADIUS))
+            total += loss.detach()
+        return total / recipe.REPLAYS
+
+    def call() -> Tensor:
+        if method == "free":
+            return replayed()
+        x = adversarial()
+        if method == "awp":
+            return perturbed(x)
+        loss = loss_on(x)
+        descend(loss)
         return loss.detach()
 
     return Side(call, lambda loss: [loss.cpu().numpy()], wait, memory)
@@ -141,6 +234,63 @@ def _kl(logits: Tensor, reference: Tensor) -> Tensor:
     """The sum of KL(reference || logits), of which the first is given by its log-softmax."""
     found = functional.log_softmax(logits, 1)
     return functional.kl_div(found, reference, reduction="sum", log_target=True)
+
+
+def _uniform(like: Tensor, size: float) -> Tensor:
+    return torch.empty_like(like).uniform_(-size, size)
+
+
+def _weighted(attacked: Tensor, clean: Tensor, truth: Tensor) -> Tensor:
+    """MART's loss, as `methods.mart` has it."""
+    own = functional.one_hot(truth, attacked.shape[1]).bool()
+    runner_up = functional.softmax(attacked, 1).masked_fill(own, -1.0).amax(1)
+    boosted = functional.cross_entropy(attacked, truth, reduction="none")
+    boosted = boosted - torch.log(1.0001 - runner_up + 1e-12)
+    before = functional.log_softmax(clean, 1)
+    change = before.exp() * (before - functional.log_softmax(attacked, 1))
+    unsure = 1.0000001 - before.exp()[own]
+    return (boosted + recipe.MART_BETA * change.sum(1) * unsure).mean()
+
+
+def _mixed(clean: Tensor, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixup of the clean images and the attacked ones alike, and of their labels."""
+    own = functional.one_hot(truth, 10).float()
+    if recipe.MIX == "none":
+        return clean, x, own
+    share = torch.distributions.Beta(1.0, 1.0).sample().item()
+    order = torch.randperm(len(truth), device=truth.device)
+    return tuple(share * a + (1 - share) * a[order] for a in (clean, x, own))  # type: ignore[return-value]
+
+
+def _misaligned(
+    look: Callable[[Tensor], Tensor], clean: Tensor, there: Tensor,
+    summed: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """1 - the cosine of the gradients at two places, the second of which learns."""
+    one = _slope(lambda x: summed(look(x)), clean)
+    there = there.detach().requires_grad_()
+    other = torch.autograd.grad(summed(look(there)), there, create_graph=True)[0]
+    return (1 - functional.cosine_similarity(one.flatten(1), other.flatten(1))).mean()
+
+
+def _friendly(
+    seen: Callable[[Tensor], Tensor], x: Tensor, truth: Tensor, low: Tensor, high: Tensor,
+    steps: int,
+) -> Tensor:  # fmt: skip
+    """The images of `methods.fat`: some steps beyond the boundary and no further."""
+    left = torch.full_like(truth, recipe.PATIENCE)
+    done = torch.zeros_like(truth, dtype=torch.bool)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        found = seen(x)
+        slope = torch.autograd.grad(functional.cross_entropy(found, truth, reduction="sum"), x)[0]
+        wrong = found.argmax(1) != truth
+        done = done | (wrong & (left <= 0))
+        noise = recipe.FRIENDLY_NOISE * torch.randn_like(x)
+        further = _kept(x.detach() + recipe.STEP_SIZE * slope.sign() + noise, low, high)
+        x = torch.where(done[:, None, None, None], x.detach(), further)
+        left = left - wrong.long()
+    return x.detach()
 
 
 def _slope(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,17 @@ from experiments.schema import call, registered
 from rain_jax import attacks, methods, models, norms, optimisers, training
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.losses import kl
+from rain_jax.methods.awp import awp
+from rain_jax.methods.fast import SECOND_LOOK
+from rain_jax.methods.free import free
+from rain_jax.methods.rat import perturbed, with_perturbations
 from rain_jax.parallel import image_keys
 from rain_jax.types import Array, Batch, Key, Method, Metrics, Network, Objective, Threat, Variables
 
-Which = Literal["natural", "pgd", "trades", "sense", "fast"]
+Which = Literal[
+    "natural", "pgd", "trades", "mart", "sense", "fat", "fast", "n_fgsm", "grad_align", "free",
+    "awp", "rat", "afd",
+]  # fmt: skip
 Dtype = Literal["float32", "bfloat16"]
 CLASSES = 10
 THREAT = Threat(norms.linf, recipe.RADIUS)
@@ -42,10 +49,12 @@ def steps(
     """One training step of each of the `methods` of each network: passes, attack, optimiser.
 
     On one batch of images of `size` pixels a side, over and over; SGD with momentum and decay.
-    "pgd" and "fast" are `adversarial` with PGD and with FGSM from a uniform start; in all attacks
+    "pgd" and "fast" are `adversarial` with PGD and with FGSM from a uniform start, "awp" is "pgd"
+    with its weights perturbed, "free" one batch and its replays, "rat" is its step and not the
+    making of perturbations, and "afd" has no modulation, of which there is no twin; in all attacks
     batch normalisation uses its running averages. Both sides' first attacks begin at the same
-    images, and the losses there are compared. In bfloat16 PyTorch has its autocast. `compiled` has
-    torch.compile as a peer too.
+    images, and the losses there are compared, but for AFD's, which are of mixtures. In bfloat16
+    PyTorch has its autocast. `compiled` has torch.compile as a peer too.
     """
     rows = []
     for workload, names in matched("methods", networks, batch_sizes, methods, size, dtype):
@@ -59,6 +68,7 @@ def steps(
                     f"step, {said(name, attack_steps)}, {workload}",
                     partial(workload.program, name, attack_steps),
                     peers,
+                    alike=name != "afd",
                     images=workload.batch_size,
                     dtype=dtype,
                 )
@@ -130,7 +140,11 @@ class Workload(NamedTuple):
             momentum=recipe.MOMENTUM,
             weight_decay=recipe.DECAY,
         )
-        return training.minimise(objective(name, self.made, attack_steps), optimiser)
+        loss = objective(name, self.made, attack_steps)
+        if name == "free":
+            shape = (self.batch_size, self.size, self.size, 3)
+            return free(loss, THREAT, optimiser, batch_shape=shape, replays=recipe.REPLAYS)
+        return training.minimise(loss, optimiser)
 
     def program(self, name: str, attack_steps: int, count: int = 1) -> Program:
         """So many steps; its results are the sums of metrics of each."""
@@ -143,7 +157,10 @@ class Workload(NamedTuple):
                 lambda state, _: method.step(key, state, batch), state, length=count
             )
 
-        state = jax.jit(method.init)(self.variables)
+        variables = self.variables
+        if name == "rat":
+            variables = with_perturbations(variables, jnp.asarray(perturbations(self.size)))
+        state = jax.jit(method.init)(variables)
         return Program(several, (state, jax.random.key(1), self.batch), True, mean_loss)
 
 
@@ -152,39 +169,90 @@ def objective(name: str, network: Network, attack_steps: int) -> Objective:
     climb: Any = partial(
         attacks.pgd, THREAT, steps=attack_steps, step_size=recipe.STEP_SIZE, keep="last"
     )
-    match one_of("methods", name, ("natural", "pgd", "trades", "sense", "fast")):
-        case "natural":
+    match one_of("methods", name, get_args(Which)):
+        case "natural" | "free":
             return methods.natural(network)
         case "pgd":
             return methods.adversarial(network, climb())
+        case "awp":
+            return awp(methods.adversarial(network, climb()), gamma=recipe.GAMMA)
         case "trades":
             return methods.trades(network, climb(loss=kl, start="normal"), beta=recipe.BETA)
+        case "mart":
+            return methods.mart(network, climb(start="normal"), beta=recipe.MART_BETA)
         case "sense":
             return methods.sense(
                 network, THREAT, threshold=recipe.THRESHOLD, steps=attack_steps,
                 step_size=recipe.STEP_SIZE, warmup=0.0,
             )  # fmt: skip
+        case "fat":
+            return methods.fat(
+                network, THREAT, steps=attack_steps, step_size=recipe.STEP_SIZE,
+                noise=recipe.FRIENDLY_NOISE, patience=(recipe.PATIENCE,), milestones=(),
+            )  # fmt: skip
+        case "n_fgsm":
+            return methods.n_fgsm(network, THREAT, noise=recipe.NOISE, batch_norm="eval")
+        case "grad_align":
+            once: Any = attacks.fgsm(THREAT)
+            return methods.grad_align(network, once, THREAT, weight=recipe.ALIGN, batch_norm="eval")
+        case "rat":
+            return methods.rat(network)
+        case "afd":
+            mix: Any = recipe.MIX
+            return methods.afd(
+                network, climb(start="sign"), mix_stage=mix, conditions=(recipe.CONDITION,)
+            )
         case _:
             attack: Any = attacks.fgsm(THREAT, start="uniform", step_size=recipe.FAST_STEP)
             return methods.adversarial(network, attack)
 
 
+def perturbations(size: int) -> np.ndarray:
+    """In the place of RAT's: signs at random, [K, size, size, 3] at the radius."""
+    signs = np.random.default_rng(2).choice([-1, 1], (CLASSES, size, size, 3))
+    return (recipe.RADIUS * signs).astype(np.float32)
+
+
 def starts(name: str, batch: Batch, count: int = 1) -> list[np.ndarray]:
-    """Where the attacks of the first `count` steps of a `Workload.program` begin, [B, H, W, C]."""
+    """What the first `count` steps of a `Workload.program` draw of images, [B, H, W, C] each.
+
+    Where the attack begins; of RAT the perturbed images; of GradAlign, whose attack begins at the
+    image, where the second gradient is taken.
+    """
     found: list[np.ndarray] = []
-    for number in range(0 if name == "natural" else count):
-        keys = image_keys(jax.random.fold_in(jax.random.key(1), number), batch.index)
-        # As `attacks.pgd` and `methods.sense` split theirs: the first draws the start.
-        keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
+    for number in range(0 if name in ("natural", "free") else count):
+        step = jax.random.fold_in(jax.random.key(1), number)
+        if name == "grad_align":
+            step = jax.random.fold_in(step, SECOND_LOOK)
+        keys = image_keys(step, batch.index)
+        if name == "rat":
+            held = jnp.asarray(perturbations(batch.image.shape[1]))
+            changed = jax.vmap(perturbed, (0, 0, 0, None))(keys, batch.image, batch.label, held)
+            found.append(np.asarray(changed[0]))
+            continue
+        # As the attacks split theirs: the first draws the start.
+        parts = {"grad_align": 1, "n_fgsm": 2}.get(name, 3)
+        if parts > 1:
+            keys = jax.vmap(lambda key: jax.random.split(key, parts)[0])(keys)
         found.append(np.asarray(jax.vmap(partial(_start, name))(keys, batch.image)))
     return found
 
 
 def _start(name: str, key: Key, image: Array) -> Array:
-    if name == "trades":
-        change = recipe.NEARBY * jax.random.normal(key, image.shape)
-        return norms.project(THREAT, image, image + change)
-    return norms.random_start(THREAT, key, image)
+    match name:
+        case "trades" | "mart":
+            change = recipe.NEARBY * jax.random.normal(key, image.shape)
+            return norms.project(THREAT, image, image + change)
+        case "n_fgsm":
+            draw = THREAT.norm.sample(key, image.shape, recipe.NOISE * THREAT.radius)
+            return jnp.clip(image + draw, THREAT.low, THREAT.high)
+        case "grad_align":
+            return image + THREAT.norm.sample(key, image.shape, THREAT.radius)
+        case "afd":
+            change = THREAT.radius * jax.random.rademacher(key, image.shape, image.dtype)
+            return norms.project(THREAT, image, image + change)
+        case _:
+            return norms.random_start(THREAT, key, image)
 
 
 def mean_loss(metrics: Metrics) -> list[np.ndarray]:
@@ -214,7 +282,8 @@ def matched(
 
 def said(name: str, attack_steps: int) -> str:
     """A method as lines call it."""
-    return name if name in ("natural", "fast") else f"{name}-{attack_steps}"
+    once = ("natural", "fast", "n_fgsm", "grad_align", "free", "rat")
+    return name if name in once else f"{name}-{attack_steps}"
 
 
 # --- Beside it --------------------------------------------------------------------------------

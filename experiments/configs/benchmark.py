@@ -2,6 +2,7 @@
 
 python -m experiments.benchmark --config=experiments/configs/benchmark.py --workdir=DIR
 python -m experiments.benchmark --config=experiments/configs/benchmark.py:gpu --workdir=DIR
+python -m experiments.benchmark --config=experiments/configs/benchmark.py:methods --workdir=DIR
 python -m experiments.benchmark --config=experiments/configs/benchmark.py --config.suite=steps
 """
 
@@ -9,16 +10,21 @@ from typing import Any
 
 FEW = ("natural", "pgd")
 ALL = ("natural", "pgd", "trades", "sense", "fast")
+EVERY = (*ALL, "mart", "fat", "n_fgsm", "grad_align", "free", "awp", "rat", "afd")
 
 
 def get_config(size: str = "cpu") -> dict[str, Any]:
     """Sizes for two CPU cores, where all suites together take minutes, or for a "gpu".
 
+    "methods" is one training step of every method here, on TRADES's CNN at two cores' size.
     The published EDSR is (16, 64), that of our CPU runs (4, 32). WRN-28-10 compiles for minutes on
     CPU: --config.compile.networks="('wrn_28_10',)" --config.compile.batch_sizes="(4,)".
     """
     if size == "gpu":
         return _gpu()
+    if size == "methods":
+        step = dict(networks=("small_cnn",), batch_sizes=(64,), methods=(EVERY,))
+        return dict(suite="steps", rounds=7, seconds=0.2, profile=False, steps=step)
     return dict(
         suite="all",
         rounds=7,

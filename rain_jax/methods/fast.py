@@ -34,7 +34,7 @@ from rain_jax.types import (
 
 # Folded into a step's key. No image has this index, so that the second look of GradAlign shares no
 # draw with an attack.
-_SECOND_LOOK = 2**30 + 1
+SECOND_LOOK = 2**30 + 1
 
 
 class Noisy(NamedTuple):
@@ -126,7 +126,7 @@ def grad_align(
             known = jnp.any(one != 0) & jnp.any(other != 0)
             return jnp.where(known, jnp.sum(l2.steepest(one) * l2.steepest(other)), 1.0)
 
-        keys = image_keys(jax.random.fold_in(key, _SECOND_LOOK), batch.index)
+        keys = image_keys(jax.random.fold_in(key, SECOND_LOOK), batch.index)
         noise = jax.vmap(lambda key: threat.norm.sample(key, batch.image.shape[1:], threat.radius))
         here = jax.lax.stop_gradient(slope(jax.lax.stop_gradient(params), batch.image))
         alignment = jax.vmap(cosine)(here, slope(params, batch.image + noise(keys)))
