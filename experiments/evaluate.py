@@ -41,6 +41,18 @@ def evaluate(
     Without `finish` the journal stays, and the same evaluation again costs nothing.
     """
     check_finite(variables, f"{folder} at step {step}")
+    with workdir.held(folder):
+        return _evaluated(experiment, variables, folder, name, step, finish)
+
+
+def _evaluated(
+    experiment: build.Experiment,
+    variables: PyTree,
+    folder: Path,
+    name: str,
+    step: int,
+    finish: bool,
+) -> tuple[report.Row, report.Sample]:
     settings = experiment.evaluation
     probe = None
     if experiment.ladder is None and settings.checks:

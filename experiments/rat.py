@@ -377,8 +377,12 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     initialise()
     built, own = experiment(config)
     build.check_devices(built)
-    whole = build.plain(config)
-    workdir.claim(folder, whole)
+    with workdir.held(folder):
+        workdir.claim(folder, build.plain(config))
+        _rounds(built, own, folder)
+
+
+def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
     devices = place(built.parallel.mapping, choose_devices(built.parallel.devices, training=True))
     networks, sets = retrained(built, own, folder, devices)
     record, success = told(built, own, networks, sets, devices)

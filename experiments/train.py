@@ -90,14 +90,27 @@ def train_members(
     )
     plan = plan_of(first_of)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
+    validators = [member.validator_on(devices) for member in members]
+    with contextlib.ExitStack() as alone_there:
+        for member in members:
+            alone_there.enter_context(workdir.held(member.folder))
+            workdir.claim(member.folder, member.experiment.config)
+        _take_steps(members, course_of, name, plan, devices, validators)
+
+
+def _take_steps(
+    members: Sequence[Member],
+    course_of: Callable[[Plan, Devices], Course],
+    name: str,
+    plan: Plan,
+    devices: Devices,
+    validators: Sequence[Validator | None],
+) -> None:
+    """The steps themselves, in folders that are these members' own."""
+    first_of = members[0].experiment
     kept, looks, several = first_of.checkpoints, first_of.validation, len(members) > 1
     # One member may be saved when another is not yet: then both have the step before.
     keep = max(kept.keep, 2) if several else kept.keep
-    validators = [member.validator_on(devices) for member in members]
-    for member in members:
-        workdir.claim(member.folder, member.experiment.config)
-
-    # --- the members and their steps
     running = [
         Running(
             member, plan, devices, validator,

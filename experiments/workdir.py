@@ -3,8 +3,12 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.logs import provenance, write_json
 from rain_jax.checks import UsageError
@@ -57,6 +61,57 @@ def check_writable(folder: Path) -> None:
             os.fsync(probe.fileno())
     except OSError as error:
         raise UsageError(f"workdir {folder}: cannot be written ({error.strerror})") from None
+
+
+# Folders that this process holds already: a command may hold one again in its parts.
+_held: set[Path] = set()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else writes into the folder of a run in here; who tries is refused in a line.
+
+    Two processes that train or evaluate in one folder would write their lines through each other.
+    The lock is the operating system's, on the file `.lock`, and goes with its process, however that
+    ends. Of a run on several hosts the first holds it; where a file system knows no locks there is
+    none.
+    """
+    place = folder.resolve()
+    if place in _held or jax.process_index() != 0:
+        yield
+        return
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UsageError(f"workdir {folder}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UsageError(
+                f"workdir {folder}: another process writes into it ({owner}); wait for it, or name "
+                "another --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
+            path.unlink(missing_ok=True)
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:

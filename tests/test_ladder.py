@@ -309,7 +309,8 @@ def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
             tmp_path / "statistics.npz", **{name: np.ones((3, 8, 8)) for name in Statistics._fields}
         )
         spec["defence"]["statistics"] = str(tmp_path / "statistics.npz")
-    found = experiment_of(tmp_path, **{name: spec[name] for name in ("defence", "ensemble")})
+    kept = ("defence", "ensemble", "method", "optimiser", "schedule", "start")
+    found = experiment_of(tmp_path, **{name: spec[name] for name in kept})
     random = part in ("picks-shift", "picks", "shift")
     assert found.network.random == random
     assert ("eot_margin" in found.looks) == random

@@ -1,13 +1,19 @@
 """A run that is killed, stopped or damaged ends as if nothing had happened."""
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import commands
 import numpy as np
 import pytest
+
+from experiments import workdir
+from rain_jax.checks import UsageError
 
 TOTAL = 30  # steps of the config in `commands`
 SAVES = 3  # steps between checkpoints
@@ -148,3 +154,39 @@ def test_a_damaged_checkpoint_is_passed_over(again, config, uninterrupted):
     assert (folder / f"{newest}.unreadable").is_dir()
     shutil.rmtree(folder / f"{newest}.unreadable")
     assert_ends_as(again / "run", uninterrupted)
+
+
+# --- Two at once ------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments import workdir
+
+with workdir.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        cwd=commands.ROOT, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        try:
+            assert holder.stdout.readline() == "held\n"
+            said = f"another process writes into it .process {holder.pid}"
+            with pytest.raises(UsageError, match=said), workdir.held(folder):
+                pass
+            config = commands.write_config(tmp_path)
+            said = commands.command(
+                "train", f"--config={config}", f"--workdir={folder}", folder=tmp_path, code=2
+            )
+            assert "another process writes into it" in said
+        finally:
+            holder.kill()
+    with workdir.held(folder), workdir.held(folder):  # however the other one ended, and in parts
+        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} ")
+    assert not list(folder.iterdir())

@@ -52,6 +52,8 @@ def get_config(part: str = "picks-shift") -> ml_collections.ConfigDict:
         **row(PARTS, part),
         start=dict(classifier="runs/cifar10_natural"),
         method=dict(name="natural"),
+        optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
+        schedule=dict(name="cosine", peak=1e-2),
         training=dict(epochs=2, batch_size=128),
         evaluation=dict(
             batch_size=100,
