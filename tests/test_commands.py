@@ -66,6 +66,14 @@ def test_a_run_leaves_what_is_promised_and_nothing_else(run):
         assert int(np.sum(stands)) == found["attacks"]["pgd40"]["right"]
 
 
+def test_a_report_takes_what_an_evaluation_leaves(run, tmp_path):
+    said = commands.command("report", run, f"--out={tmp_path / 'page'}", folder=tmp_path)
+    assert "opens in any browser" in said
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "pgd40" in page
+    assert "Confusion under attack" in page
+
+
 def test_evaluate_needs_the_workdir_alone_and_finds_the_same(run, tmp_path):
     before, expected = content(run), commands.results(run)
     commands.command("evaluate", f"--workdir={run}", folder=tmp_path)

@@ -212,8 +212,10 @@ def _verdicts(path: Path) -> dict[str, Arrays]:
     fields = {"index", "label", "right", "margin", "prediction", "allowed", "distance"}
     found: dict[str, Arrays] = {}
     for key, value in read_arrays(path).items():
-        column, _, field = key.rpartition("/")
-        found.setdefault(column, {})[field] = value
+        column, slash, field = key.rpartition("/")
+        # Of the whole evaluation, or of the images that it has left: nothing of a column.
+        if slash and column != "adversarial":
+            found.setdefault(column, {})[field] = value
     known: Any = found.get("clean", {}).get("index", [])
     for column, held in found.items():
         if not fields <= held.keys() or len({len(value) for value in held.values()}) > 1:
