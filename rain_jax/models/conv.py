@@ -10,6 +10,11 @@ There is a second way out of the layout, in a loop or not: where a kernel has mo
 image, as on 8x8 digits after two halvings, XLA swaps the two and is slow again. Such images are
 padded first.
 
+In the canonical layout, too, XLA's routines are of unlike speed. Three detours lead around slow ones
+(`_by_a_fast_routine`): several pixels at once where there are few channels, a row of zeros for images
+without padding, and for strides backwards a convolution for each phase. They add up the same products
+in another order.
+
 The gradients are convolutions by the same function, so gradients of gradients stay canonical as
 well. What it costs is forward mode: a `custom_vjp` has no `jvp`, so take Jacobians with `jacrev`.
 """
@@ -155,8 +160,8 @@ def _convolve(images: Array, kernel: Array, window: _Window) -> Array:
 def _by_a_fast_routine(images: Array, kernel: Array, window: _Window) -> Array:
     """The convolution, in a form for which XLA:CPU has a fast routine where the plain one is slow.
 
-    Both detours were found by timing forms against each other (jaxlib 0.10, x86), and are left
-    where they did not win: `experiments.benchmark --config.suite=convolutions` times them.
+    Which form wins where was found by timing them against each other (jaxlib 0.10, x86, float32);
+    `experiments.benchmark --config.suite=convolutions` times what came of it.
     """
     if images.dtype != jnp.float32:
         return _plain(images, kernel, window)
