@@ -10,10 +10,10 @@ There is a second way out of the layout, in a loop or not: where a kernel has mo
 image, as on 8x8 digits after two halvings, XLA swaps the two and is slow again. Such images are
 padded first.
 
-In the canonical layout, too, XLA's routines are of unlike speed. Three detours lead around slow ones
-(`_by_a_fast_routine`): several pixels at once where there are few channels, a row of zeros for images
-without padding, and for strides backwards a convolution for each phase. They add up the same products
-in another order.
+In the canonical layout, too, XLA's routines are of unlike speed. Three detours lead around slow
+ones (`_by_a_fast_routine`): several pixels at once where there are few channels, a row of zeros for
+images without padding, and for strides backwards a convolution for each phase. They add up the same
+products in another order.
 
 The gradients are convolutions by the same function, so gradients of gradients stay canonical as
 well. What it costs is forward mode: a `custom_vjp` has no `jvp`, so take Jacobians with `jacrev`.
