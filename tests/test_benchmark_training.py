@@ -14,6 +14,7 @@ from experiments.benching.clock import ready
 from experiments.benching.counted import gflop_of
 from experiments.configs import benchmark as configs
 from rain_jax import models
+from rain_jax.models.conv import CANONICAL, conv_general_dilated
 
 NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
@@ -21,10 +22,6 @@ NEEDS_TORCH = pytest.mark.skipif(
 )
 METHODS = get_args(training.Which)
 CNN = training.Workload("cnn", 2, 8, "float32")
-
-
-def counted(function, *arguments):
-    return gflop_of(jax.jit(function).trace(*arguments).jaxpr)
 
 
 # --- The work of a program --------------------------------------------------------------------
@@ -36,11 +33,11 @@ def test_loops_count_as_often_as_they_run_and_branches_once():
     def squared(x, _):
         return x @ a, None
 
-    one = counted(lambda x: x @ a, a)
+    one = gflop_of(lambda x: x @ a, a)
     assert one == 2 * 4**3 / 1e9
-    assert counted(lambda x: jax.lax.scan(squared, x, length=5)[0], a) == 5 * one
-    assert counted(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ a @ a, lambda: x), a) == 2 * one
-    assert counted(lambda x: x + 0 * (x @ a).shape[0], a) is None  # nothing depends on it
+    assert gflop_of(lambda x: jax.lax.scan(squared, x, length=5)[0], a) == 5 * one
+    assert gflop_of(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ a @ a, lambda: x), a) == 2 * one
+    assert gflop_of(lambda x: x + 0 * (x @ a).shape[0], a) is None  # nothing depends on it
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -57,11 +54,23 @@ def test_each_gradient_of_a_convolution_counts_as_the_convolution(stride, paddin
     def loss(images, kernel):
         return jnp.sum(convolved(images, kernel) ** 2)
 
-    forward = counted(convolved, images, kernel)
+    forward = gflop_of(convolved, images, kernel)
     if padding == "VALID":  # every pixel of a kernel meets one of the image
         pixels = 7**2 if stride == 1 else 4**2
         assert forward == 2 * 2 * pixels * 9 * 3 * 5 / 1e9
-    assert counted(jax.grad(loss, (0, 1)), images, kernel) == pytest.approx(3 * forward)
+    assert gflop_of(jax.grad(loss, (0, 1)), images, kernel) == pytest.approx(3 * forward)
+
+
+def test_detours_of_convolutions_count_as_what_they_stand_for():
+    images, kernel = jnp.ones((2, 12, 12, 1)), jnp.ones((4, 4, 1, 16))  # two pixels at once
+
+    def forward(images, kernel):
+        strides, pads = (2, 2), ((1, 1), (1, 1))
+        return conv_general_dilated(images, kernel, strides, pads, dimension_numbers=CANONICAL)
+
+    assert 2 * 2 * 6**2 * 4**2 * 16 / 1e9 > gflop_of(forward, images, kernel) > 0  # its edges
+    jax.jit(forward)(images, kernel)
+    assert gflop_of(forward, images, kernel) == 2 * 2 * (6 * 4 - 2) ** 2 * 16 / 1e9
 
 
 def test_an_attack_step_counts_two_passes_and_its_last_image_none():
@@ -74,9 +83,9 @@ def test_an_attack_step_counts_two_passes_and_its_last_image_none():
 
     def work(name, steps):
         function, arguments, *_ = workload.program(name, steps)
-        return counted(function, *arguments)
+        return gflop_of(function, *arguments)
 
-    once = counted(forward, batch.image)
+    once = gflop_of(forward, batch.image)
     for steps in 1, 3:
         assert work("pgd", steps) - work("natural", 1) == pytest.approx(2 * steps * once)
     assert work("fast", 1) == pytest.approx(work("pgd", 1))

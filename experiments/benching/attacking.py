@@ -145,8 +145,7 @@ class _Subject:
             return jax.vmap(lambda k, i, y: attack(k, logits_fn, i, y))(keys, images, labels)
 
         keys = jax.random.split(jax.random.key(0), len(self.labels))
-        traced = jax.jit(run).trace(self.variables, keys, self.pixels, self.labels)
-        return gflop_of(traced.jaxpr) or 0.0
+        return gflop_of(run, self.variables, keys, self.pixels, self.labels) or 0.0
 
     def attacked(self, attack: Iteration) -> Side:
         return self.programs([attack])

@@ -182,7 +182,7 @@ def ready(given: Program | Side) -> tuple[Side, dict[str, Any]]:
     told = {
         "trace_seconds": written - began,
         "compile_seconds": time.perf_counter() - written,
-        "gflop": gflop_of(traced.jaxpr),
+        "gflop": gflop_of(given.function, *given.arguments),
         "peak_bytes": _most_bytes(program),
     }
     held = list(given.arguments)

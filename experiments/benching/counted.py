@@ -4,21 +4,28 @@ Compilers count the body of a loop once, however often it runs; an attack is a l
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core
 import numpy as np
 
+from rain_jax.models.conv import by_lax
 
-def gflop_of(program: Any) -> float | None:
-    """Billions of multiplications and additions in the products and convolutions of a jaxpr.
 
-    Those with padding, or with the zeros of a dilation, are left out where the convolution itself
+def gflop_of(function: Callable[..., Any], *arguments: Any) -> float | None:
+    """Billions of multiplications and additions in the products and convolutions of a function.
+
+    As it is written: what `models.conv` multiplies by zeros on its detours does not count. Those
+    with padding, or with the zeros of a dilation, are left out where the convolution itself
     has them, and so is whatever no result depends on: either gradient of a convolution counts as
     much as the convolution. Loops count as often as they run, but once where only the data tell how
     often; of branches the longest counts. None where there are no products at all.
     """
+    # A function of its own: a trace that is remembered may have taken detours.
+    with by_lax():
+        program = jax.make_jaxpr(lambda *given: function(*given))(*arguments)
     return _flops(program.jaxpr) / 1e9 or None
 
 
