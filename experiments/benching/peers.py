@@ -186,7 +186,8 @@ def training_step(
             change = carried.clone().requires_grad_()
             loss = functional.cross_entropy(logits(learning, (clean + change).clamp(0, 1)), truth)
             descend(loss)
-            climb = carried + recipe.RADIUS * change.grad.sign()  # type: ignore[union-attr]
+            slope: Any = change.grad
+            climb = carried + recipe.RADIUS * slope.sign()
             carried.copy_(climb.clamp(-recipe.RADIUS, recipe.RADIUS))
             total += loss.detach()
         return total / recipe.REPLAYS
@@ -259,7 +260,8 @@ def _mixed(clean: Tensor, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Ten
         return clean, x, own
     share = torch.distributions.Beta(1.0, 1.0).sample().item()
     order = torch.randperm(len(truth), device=truth.device)
-    return tuple(share * a + (1 - share) * a[order] for a in (clean, x, own))  # type: ignore[return-value]
+    one, two, soft = (share * a + (1 - share) * a[order] for a in (clean, x, own))
+    return one, two, soft
 
 
 def _misaligned(
