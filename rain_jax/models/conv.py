@@ -163,7 +163,9 @@ def _by_a_fast_routine(images: Array, kernel: Array, window: _Window) -> Array:
     Which form wins where was found by timing them against each other (jaxlib 0.10, x86, float32);
     `experiments.benchmark --config.suite=convolutions` times what came of it.
     """
-    if images.dtype != jnp.float32:
+    # In exported programs a size may be a symbol, of which nobody knows how large it is.
+    known = all(isinstance(size, int) for size in (*images.shape[1:], *kernel.shape))
+    if images.dtype != jnp.float32 or not known:
         return _plain(images, kernel, window)
     if window.lhs_dilation != (1, 1):
         if _phases_are_faster(kernel, window):

@@ -294,6 +294,17 @@ def test_a_detour_is_taken_where_it_is_faster(
     assert {equation.outvars[0].aval.shape[1:] for equation in convolutions(program)} == expected
 
 
+def test_a_batch_of_unknown_size_can_be_exported_with_its_gradients() -> None:
+    (batch,) = jax.export.symbolic_shape("B")
+    _, k = operands((16, 16), (3, 3), (3, 16))
+    for padding in ("SAME", "VALID"):
+        both_ways = jax.grad(loss_of(both((1, 1), padding)[0]), (0, 1))
+        images = jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.float32)
+        made = jax.export.export(jax.jit(both_ways))(images, k)
+        x, _ = operands((16, 16), (3, 3), (3, 16), batch=5)
+        assert_close(made.call(x, k), both_ways(x, k), 2e-6)
+
+
 def test_phases_meet_no_zeros_between_pixels() -> None:
     x, k = operands((16, 16), (3, 3), (16, 32))
     towards_images = jax.grad(lambda x: loss_of(both((2, 2), "SAME")[0])(x, k))
