@@ -9,6 +9,7 @@ adversarial.npy (what broke the model). Killed and started again, an evaluation 
 was; before a number is printed, what usually makes such numbers wrong has been looked for.
 """
 
+import contextlib
 import zlib
 from pathlib import Path
 
@@ -41,18 +42,6 @@ def evaluate(
     Without `finish` the journal stays, and the same evaluation again costs nothing.
     """
     check_finite(variables, f"{folder} at step {step}")
-    with workdir.held(folder):
-        return _evaluated(experiment, variables, folder, name, step, finish)
-
-
-def _evaluated(
-    experiment: build.Experiment,
-    variables: PyTree,
-    folder: Path,
-    name: str,
-    step: int,
-    finish: bool,
-) -> tuple[report.Row, report.Sample]:
     settings = experiment.evaluation
     probe = None
     if experiment.ladder is None and settings.checks:
@@ -131,6 +120,14 @@ def _distance(title: str, column: Column) -> str:
 
 def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     """Evaluates trained runs, prints their table, and writes it and the figure into the first."""
+    with contextlib.ExitStack() as alone_there:
+        for _, _, folder in runs:
+            alone_there.enter_context(workdir.held(folder))
+        _side_by_side(runs)
+
+
+def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
+    """The same, in folders that nobody else writes into."""
     pairs = []
     for name, experiment, folder in runs:
         variables, step = load(experiment, folder)

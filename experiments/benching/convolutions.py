@@ -1,7 +1,6 @@
 """Convolutions of the shapes that networks here are made of, by ours, by `lax` and by PyTorch.
 
-What `models.conv` does on CPU was chosen by these lines, and is to be chosen again by them when
-XLA's own routines change.
+What shows whether the detours of `models.conv` on CPU still win, when XLA's own routines change.
 """
 
 import importlib

@@ -18,7 +18,7 @@ from torch.nn import functional
 from experiments.benching import recipe
 from experiments.benching.clock import Side, cpus
 from experiments.benching.images import device_of, waiting
-from experiments.benching.training import perturbations
+from experiments.benching.training import CLASSES, perturbations
 
 
 def training_step(
@@ -84,7 +84,7 @@ def training_step(
             case "afd":
                 return _kept(clean + _uniform(clean, 1).sign() * recipe.RADIUS, low, high)
             case "rat":
-                target = (truth + torch.randint(1, 10, truth.shape, device=device)) % 10
+                target = (truth + torch.randint(1, CLASSES, truth.shape, device=device)) % CLASSES
                 return (clean + held[target]).clamp(0, 1)
             case _:
                 return _kept(clean + _uniform(clean, recipe.RADIUS), low, high)
@@ -255,7 +255,7 @@ def _weighted(attacked: Tensor, clean: Tensor, truth: Tensor) -> Tensor:
 
 def _mixed(clean: Tensor, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mixup of the clean images and the attacked ones alike, and of their labels."""
-    own = functional.one_hot(truth, 10).float()
+    own = functional.one_hot(truth, CLASSES).float()
     if recipe.MIX == "none":
         return clean, x, own
     share = torch.distributions.Beta(1.0, 1.0).sample().item()

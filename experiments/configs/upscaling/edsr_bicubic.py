@@ -13,7 +13,7 @@ from experiments.upscale import config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Adam 1e-3, cosine, 45 epochs or 7,560 steps; weights averaged."""
+    """Adam 1e-3, cosine, 45 epochs or 7,875 steps; weights averaged."""
     return config(
         seed=0,
         data=dict(name="tfds:stl10_part", holdout=200),
