@@ -153,10 +153,13 @@ def training_step(
             found = torch.func.functional_call(learning, buffers, (x,))
         return found.float()
 
-    def descend(loss: Tensor) -> None:
+    def descend(loss: Tensor, before: Callable[[], None] = lambda: None) -> Tensor:
+        """A step of the optimiser, after `before` in case it is not made where the loss was."""
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        before()
         optimiser.step()
+        return loss.detach()
 
     weights: list[Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
 
@@ -169,13 +172,12 @@ def training_step(
                 for weight, slope in zip(weights, slopes, strict=True)
             ]
             torch._foreach_add_(weights, shifts)
-        loss = loss_on(x)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def back() -> None:
             torch._foreach_sub_(weights, shifts)
-        optimiser.step()
-        return loss.detach()
+
+        return descend(loss_on(x), back)
 
     carried = torch.zeros_like(clean)
 
@@ -185,22 +187,17 @@ def training_step(
         for _ in range(recipe.REPLAYS):
             change = carried.clone().requires_grad_()
             loss = functional.cross_entropy(logits(learning, (clean + change).clamp(0, 1)), truth)
-            descend(loss)
+            total += descend(loss)
             slope: Any = change.grad
             climb = carried + recipe.RADIUS * slope.sign()
             carried.copy_(climb.clamp(-recipe.RADIUS, recipe.RADIUS))
-            total += loss.detach()
         return total / recipe.REPLAYS
 
     def call() -> Tensor:
         if method == "free":
             return replayed()
         x = adversarial()
-        if method == "awp":
-            return perturbed(x)
-        loss = loss_on(x)
-        descend(loss)
-        return loss.detach()
+        return perturbed(x) if method == "awp" else descend(loss_on(x))
 
     return Side(call, lambda loss: [loss.cpu().numpy()], wait, memory)
 
@@ -258,7 +255,7 @@ def _mixed(clean: Tensor, x: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Ten
     own = functional.one_hot(truth, CLASSES).float()
     if recipe.MIX == "none":
         return clean, x, own
-    share = torch.distributions.Beta(1.0, 1.0).sample().item()
+    share = torch.rand((), device=truth.device)  # Beta(1, 1)
     order = torch.randperm(len(truth), device=truth.device)
     one, two, soft = (share * a + (1 - share) * a[order] for a in (clean, x, own))
     return one, two, soft
