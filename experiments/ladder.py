@@ -9,6 +9,7 @@ attacks worked at all (Athalye et al., arXiv:1802.00420; Carlini et al., arXiv:1
 al., arXiv:2002.08347).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,22 +126,19 @@ def rungs(
 def _official(ladder: Ladder, threat: Threat) -> dict[str, Look]:
     """RAIN's attacks as its authors' code sets them, on logits in the place of probabilities.
 
-    Twice as many draws as elsewhere: 40 where those are 20. At radii of their own they tell what
-    such an evaluation would have said, and are no part of the worst case.
+    Twice as many draws as elsewhere: 40 where those are 20. They tell what such an evaluation would
+    have said. One at another radius than the threat's is no part of the worst case.
     """
     wide, usual = (threat._replace(radius=radius / 255) for radius in (16, 8))
     estimator = eot(2 * ladder.draws)
+
+    def look(on: Threat, size: float, **more: Any) -> Look:
+        attack = attacks.pgd(on, steps=40, step_size=size, start="clean", keep="last", **more)
+        return Look(attack, None, None if math.isclose(on.radius, threat.radius) else on)
+
     return {
-        "official_pgd": Look(
-            attacks.pgd(wide, steps=40, step_size=1 / 255, start="clean", keep="last"), None, wide
-        ),
-        "official_eot": Look(
-            attacks.pgd(
-                usual, steps=40, step_size=2 / 255, start="clean", keep="last", estimator=estimator
-            ),
-            None,
-            usual,
-        ),
+        "official_pgd": look(wide, 1 / 255),
+        "official_eot": look(usual, 2 / 255, estimator=estimator),
     }
 
 

@@ -56,6 +56,13 @@ def test_a_random_defence_is_attacked_in_expectation_and_through_every_surrogate
     assert looks["far"].threat.radius == pytest.approx(64 / 255)
 
 
+def test_an_official_attack_at_the_threats_own_radius_counts(tmp_path):
+    threat = dict(norm="linf", radius=8 / 255)
+    looks = experiment_of(tmp_path, defence=RAIN, threat=threat).looks
+    checks = [name for name, look in looks.items() if look.threat is not None]
+    assert checks == ["official_pgd", "far"]
+
+
 def test_a_fixed_defence_meets_the_standard_suite_and_its_members_one_by_one(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG, ensemble=VOTE)
     assert experiment.evaluation.draws == 1
