@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pytest
 
-from experiments import build, rat, train
+from experiments import build, perturbations, rat, train
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
 
@@ -94,7 +94,7 @@ def test_it_makes_perturbations_trains_on_them_and_says_what_came_out(finished):
 
 
 def test_perturbations_keep_to_the_radius_and_reach_their_rate_or_say_so(finished):
-    sets = rat.kept(finished[0] / "perturbations.npz")
+    sets = perturbations.kept(finished[0] / "perturbations.npz")
     assert len(sets) == 2
     for one in sets:
         assert one.perturbation.shape == (10, 8, 8, 1)
@@ -109,8 +109,8 @@ def test_started_again_it_goes_on_where_it_stopped(finished, config, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     record = json.loads((folder / "rat.json").read_text())
-    sets = rat.kept(folder / "perturbations.npz")
-    rat.keep(folder / "perturbations.npz", sets[:1], tuple("0123456789"))
+    sets = perturbations.kept(folder / "perturbations.npz")
+    perturbations.keep(folder / "perturbations.npz", sets[:1], tuple("0123456789"))
     lines = commands.metrics(folder / "round0")
     said = run(config, folder)
     assert "goes on from step 80 of 80" in said

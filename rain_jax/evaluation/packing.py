@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.data import as_float
+from rain_jax.evaluation import seats
 from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.verdicts import (
     Found,
@@ -42,8 +43,6 @@ from rain_jax.types import (
 # Looks at the scores during an attack. More of them find broken images sooner; each costs a wait
 # for the device, and a forward pass where neither `best` nor `seen` does without.
 _LOOKS = 20
-# Each batch shape is this much smaller than the one before, down to a last one.
-_SMALLER, _SHAPES = 4, 3
 
 
 Drive = Callable[[Variables, Key, Iterable[Batch | Lanes]], Iterator[Found]]
@@ -94,15 +93,15 @@ def packed_lanes(
 
     def drive(variables: Variables, key: Key, batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
         nonlocal programs
-        waiting = _Queue(batches)
+        waiting = seats.Queue(batches)
         if waiting.empty:
             return
         if programs is None:
             given = attack_of, model_of
             programs = _compile(*given, devices, variables, key, waiting.example)
             width = _width(*given, variables, key, waiting.example)
-            sizes.extend(_sizes(max(1, batch_size // (devices.size * width))))
-        size = _fitting(sizes, waiting.at_most(sizes[0] * devices.size), devices.size)
+            sizes.extend(seats.sizes(max(1, batch_size // (devices.size * width))))
+        size = seats.fitting(sizes, waiting.at_most(sizes[0] * devices.size), devices.size)
         room = min(size, sizes[min(1, len(sizes) - 1)])  # of a filling, on each device
         held = waiting.blank(size * devices.size)
         age = np.zeros(size * devices.size, np.int32)
@@ -114,21 +113,21 @@ def packed_lanes(
         while True:
             # --- let others in
             while not waiting.empty and np.sum(~np.asarray(held.valid)) >= room * devices.size:
-                places, slots = _free(np.asarray(held.valid), size, room, devices.size)
+                places, slots = seats.free(np.asarray(held.valid), size, room, devices.size)
                 fresh, taken = waiting.pull(places)
                 slots = np.where(fresh.valid, slots, size).astype(np.int32)  # out of range: dropped
                 fresh_rows, slot_rows = devices.split(rows_of_process((fresh, slots)))
                 states = programs.fill(variables, key, devices.again(states), fresh_rows, slot_rows)
-                _put(held, places[fresh.valid], taken)
+                seats.put(held, places[fresh.valid], taken)
                 age[places[fresh.valid]] = 0
                 limit[places[fresh.valid]] = taken.steps if isinstance(taken, Lanes) else steps
                 most = max(most, int(np.max(limit)))
             if not held.valid.any():
                 return
             # --- move closer together
-            smaller = _fitting(sizes, _busiest(np.asarray(held.valid), size), 1)
+            smaller = seats.fitting(sizes, seats.busiest(np.asarray(held.valid), size), 1)
             if waiting.empty and smaller < size:
-                order, kept = _closer(np.asarray(held.valid), size, smaller, devices.size)
+                order, kept = seats.closer(np.asarray(held.valid), size, smaller, devices.size)
                 states = programs.shrink(
                     devices.again(states), devices.split(rows_of_process(order))
                 )
@@ -307,111 +306,3 @@ def as_iteration(attack: Attack | Iteration) -> Iteration:
         return _Ran(attack(key, logits_fn, image, target), jnp.float32(0.0))
 
     return Iteration(init, lambda _, state: state, lambda _, state: (state.image, state.score), 0)
-
-
-# --- Bookkeeping, on the host: which image sits where. Slots are counted device by device. ------
-
-
-def _sizes(largest: int) -> list[int]:
-    """Batch shapes of one device, descending."""
-    sizes = [largest]
-    while len(sizes) < _SHAPES and sizes[-1] >= 2 * _SMALLER:
-        sizes.append(-(-sizes[-1] // _SMALLER))
-    return sizes
-
-
-def _fitting(sizes: list[int], count: int, devices: int) -> int:
-    """The smallest shape of one device in which `count` images find room on all."""
-    return min((s for s in sizes if s * devices >= count), default=sizes[0])
-
-
-def _busiest(live: np.ndarray, size: int) -> int:
-    """Images on the device that has most."""
-    return int(np.max(np.sum(live.reshape(-1, size), axis=1)))
-
-
-def _free(live: np.ndarray, size: int, room: int, devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where new ones go: (places among all slots, slots of their device), each [devices x room].
-
-    A device with fewer free slots is given places that are taken, as -1 and `size`.
-    """
-    places = np.full((devices, room), -1)
-    slots = np.full((devices, room), size)
-    for device, own in enumerate(live.reshape(devices, size)):
-        free = np.flatnonzero(~own)[:room]
-        places[device, : len(free)] = device * size + free
-        slots[device, : len(free)] = free
-    return places.ravel(), slots.ravel()
-
-
-def _closer(
-    live: np.ndarray, size: int, smaller: int, devices: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Who stays, [devices x smaller]: as slots of their device, and as places among all slots."""
-    order = np.argsort(~live.reshape(devices, size), axis=1, kind="stable")[:, :smaller]
-    places = order + size * np.arange(devices)[:, None]
-    return order.ravel().astype(np.int32), places.ravel()
-
-
-def _put(held: Batch | Lanes, places: np.ndarray, taken: Batch | Lanes) -> None:
-    def put(mine: np.ndarray, new: np.ndarray) -> None:
-        mine[places] = new
-
-    jax.tree.map(put, held, taken)
-
-
-class _Queue:
-    """The valid images of some batches, read when they are wanted."""
-
-    def __init__(self, batches: Iterable[Batch | Lanes]) -> None:
-        self._batches = iter(batches)
-        self._ready: Batch | Lanes | None = None
-        self._read(1)
-
-    def _read(self, count: int) -> None:
-        """At least `count` images, or all that are left."""
-        while self._ready is None or len(self._ready.index) < count:
-            batch = next(self._batches, None)
-            if batch is None:
-                return
-            valid = np.asarray(batch.valid)
-            some: Batch | Lanes = jax.tree.map(lambda leaf, v=valid: np.asarray(leaf)[v], batch)
-            if self._ready is not None:
-                some = jax.tree.map(lambda a, b: np.concatenate([a, b]), self._ready, some)
-            self._ready = some
-
-    @property
-    def empty(self) -> bool:
-        return self._ready is None or len(self._ready.index) == 0
-
-    @property
-    def example(self) -> Batch | Lanes:
-        assert self._ready is not None
-        return self._ready
-
-    def at_most(self, count: int) -> int:
-        """How many images wait, counted up to `count`."""
-        self._read(count)
-        return min(count, len(self.example.index))
-
-    def blank(self, count: int) -> Batch | Lanes:
-        """`count` places with nobody in them, but with values that make sense."""
-        example = self.example
-        empty = jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape[1:]), leaf.dtype), example)
-        if isinstance(example, Batch):
-            return empty
-        return empty._replace(
-            values=jax.tree.map(lambda leaf: np.repeat(leaf[:1], count, axis=0), example.values)
-        )
-
-    def pull(self, places: np.ndarray) -> tuple[Batch | Lanes, Batch | Lanes]:
-        """The next images for `places`, -1 marking none: padded to all places, and as they are."""
-        wanted = places >= 0
-        self._read(int(np.sum(wanted)))
-        count = self.at_most(int(np.sum(wanted)))
-        fresh = self.blank(len(places))
-        taken = jax.tree.map(lambda leaf: leaf[:count], self.example)
-        self._ready = jax.tree.map(lambda leaf: leaf[count:], self.example)
-        self._read(1)
-        _put(fresh, np.flatnonzero(wanted)[:count], taken)
-        return fresh, taken

@@ -14,18 +14,15 @@ input as it is, as RobustBench has the networks of Fast is better than free (arX
 DeepMind's networks (arXiv:2010.03593) and all that began with them.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
-
-from flax import linen as nn
+from typing import Literal
 
 from rain_jax.checks import UsageError, one_of
 from rain_jax.models import layers
-from rain_jax.models.conditional import MODULATIONS, Modulation, modulated
+from rain_jax.models.conditional import MODULATIONS, Modulation
 from rain_jax.models.layers import Activation, Dtype, PerChannel
 from rain_jax.models.network import network
-from rain_jax.types import Array, AxisName, Network
+from rain_jax.models.residual import BasicBlock, Block, Bottleneck, PreActBlock, ResNet
+from rain_jax.types import Network
 
 Stem = Literal["cifar", "imagenet"]
 Variant = Literal["paper", "kuangliu", "fast", "deepmind"]
@@ -249,127 +246,10 @@ def wrn_34_10(
     )
 
 
-class _Block(nn.Module):
-    """What every residual block is given: `conv`, `norm` and `activation` make its layers."""
-
-    width: int
-    stride: int
-    conv: Callable[..., Any]
-    norm: Callable[..., Any]
-    activation: Callable[[Array], Array]
-    variant: str = "paper"
-
-    def conv3x3(self, stride: int, name: str) -> Any:
-        pad = ((0, 1), (0, 1)) if self.variant == "deepmind" and stride == 2 else ((1, 1), (1, 1))
-        return self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
-
-    def conv1x1(self, width: int, stride: int, name: str) -> Any:
-        return self.conv(width, (1, 1), strides=stride, padding="VALID", name=name)
-
-
-class BasicBlock(_Block):
-    """Two 3x3 convolutions, each normalised, and the activation after the sum."""
-
-    expansion = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        y = self.norm(name="norm1")(self.conv3x3(self.stride, "conv1")(x))
-        y = self.norm(name="norm2")(self.conv3x3(1, "conv2")(self.activation(y)))
-        if y.shape != x.shape:
-            x = self.conv1x1(self.width, self.stride, "shortcut")(x)
-            x = self.norm(name="shortcut_norm")(x)
-        return self.activation(x + y)
-
-
-class Bottleneck(_Block):
-    """1x1 down to `width`, 3x3, 1x1 up to four times `width`; the activation after the sum."""
-
-    expansion = 4
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        wide = self.expansion * self.width
-        y = self.norm(name="norm1")(self.conv1x1(self.width, 1, "conv1")(x))
-        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv2")(self.activation(y)))
-        y = self.norm(name="norm3")(self.conv1x1(wide, 1, "conv3")(self.activation(y)))
-        if y.shape != x.shape:
-            x = self.conv1x1(wide, self.stride, "shortcut")(x)
-            x = self.norm(name="shortcut_norm")(x)
-        return self.activation(x + y)
-
-
-class PreActBlock(_Block):
-    """Normalise, activate, convolve, twice.
-
-    Where the shape changes, the shortcut is a 1x1 convolution of the activated input, or of the
-    input itself in the variant "fast".
-    """
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        ready = self.activation(self.norm(name="norm1")(x))
-        if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.conv1x1(self.width, self.stride, "shortcut")(
-                x if self.variant == "fast" else ready
-            )
-        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv1")(ready))
-        return x + self.conv3x3(1, "conv2")(self.activation(y))
-
-
-class ResNet(nn.Module):
-    """A stem, groups of blocks, their average over the image, and the classifier.
-
-    `widths` and `depths` are the channels and numbers of the blocks in each group. With `preact`
-    normalisation and activation come before the average instead of after the stem.
-    """
-
-    classes: int
-    block: Any
-    stem_width: int
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    activation: Callable[[Array], Array]
-    dtype: Any
-    stem: Stem = "cifar"
-    preact: bool = False
-    variant: str = "paper"
-    remat: bool = False
-    modulation: str = "none"
-    axis_name: AxisName = None
-
-    @nn.compact
-    def __call__(self, images: Array, train: bool) -> Array:
-        norm, conv = modulated(
-            self,
-            self.modulation,
-            layers.batch_norm(train, self.axis_name, self.dtype),
-            partial(layers.Conv, dtype=self.dtype),
-        )
-        block = nn.remat(self.block) if self.remat else self.block
-
-        size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
-        pad = 2 * ((size // 2, size // 2),)
-        x = conv(self.stem_width, (size, size), strides=stride, padding=pad, name="stem")(images)
-        if not self.preact:
-            x = self.activation(norm(name="stem_norm")(x))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for group, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True), 1):
-            for place in range(1, depth + 1):
-                stride = 2 if group > 1 and place == 1 else 1
-                # Named here, since `nn.remat` would otherwise name its blocks differently.
-                name = f"group{group}_block{place}"
-                x = block(width, stride, conv, norm, self.activation, self.variant, name=name)(x)
-        if self.preact and self.variant in ("paper", "deepmind"):
-            x = self.activation(norm(name="last_norm")(x))
-        return layers.classify(layers.global_average(x), self.classes)
-
-
 def _resnet(
     classes: int,
     depths: tuple[int, ...],
-    block: type[_Block],
+    block: type[Block],
     stem: str,
     activation: str,
     dtype: str,

@@ -12,21 +12,18 @@ misfit can be named.
 
 import errno
 import gc
-import json
 import logging as std_logging
 import math
 import os
 import re
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -34,6 +31,7 @@ from etils import epath  # type: ignore[import-untyped]
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from rain_jax.checkpoints import leaves
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.types import PyTree
 
@@ -91,28 +89,31 @@ class Checkpoints:
         manager = self._manager()
         if step in manager.all_steps():
             return
-        trees = {"model": _leaves(model), "train": _leaves(train)}
-        for leaf in (leaf for leaves in trees.values() for leaf in leaves.values()):
+        trees = {"model": leaves.named(model), "train": leaves.named(train)}
+        for leaf in (leaf for named in trees.values() for leaf in named.values()):
             if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
                 leaf.copy_to_host_async()  # all under way before the first is waited for
         about: dict[str, Any] = {
-            item: {name: [_describe(leaf), _checksum(leaf)] for name, leaf in leaves.items()}
-            for item, leaves in trees.items()
+            item: {
+                name: [leaves.described(leaf), leaves.checksum(leaf)]
+                for name, leaf in named.items()
+            }
+            for item, named in trees.items()
         }
         self._scores.pop(step, None)
         if score is not None and not math.isnan(score):
             about["score"] = self._scores[step] = float(score)
         items = {
-            item: ocp.args.StandardSave({name: _plain(leaf) for name, leaf in leaves.items()})
-            for item, leaves in trees.items()
-            if leaves  # Orbax refuses an empty tree
+            item: ocp.args.StandardSave({name: leaves.plain(leaf) for name, leaf in named.items()})
+            for item, named in trees.items()
+            if named  # Orbax refuses an empty tree
         }
         with self._writing():
             manager.save(
                 step,
                 # Whoever calls has decided to save: Orbax is not asked for an opinion.
                 force=True,
-                args=ocp.args.Composite(about=ocp.args.JsonSave(_sealed(about)), **items),
+                args=ocp.args.Composite(about=ocp.args.JsonSave(leaves.sealed(about)), **items),
             )
 
     def wait(self) -> None:
@@ -263,7 +264,9 @@ class Checkpoints:
 
     def _about(self, step: int) -> dict[str, Any]:
         path = self.folder / str(step) / "about"
-        return self._attempt(step, lambda: _unsealed(ocp.JsonCheckpointHandler().restore(path)))
+        return self._attempt(
+            step, lambda: leaves.unsealed(ocp.JsonCheckpointHandler().restore(path))
+        )
 
     def _read(self, step: int, likes: dict[str, PyTree]) -> list[PyTree]:
         """The items named, in their order; raises `_Broken`, the same on all processes."""
@@ -273,17 +276,17 @@ class Checkpoints:
             for item, like in likes.items():
                 self._fit(step, item, about[item], like)
             for item, like in likes.items():
-                target = {name: _target(leaf) for name, leaf in _leaves(like).items()}
+                target = {name: leaves.target(leaf) for name, leaf in leaves.named(like).items()}
                 path = self.folder / str(step) / item
                 found.append(self._attempt(step, lambda: _read_item(path, about[item], target)))
         except _Broken as error:
             problem = error
         if not _everywhere(problem is None):
             raise problem or _Broken(f"{self.folder}: another process cannot read step {step}")
-        return [_shaped(like, item) for like, item in zip(likes.values(), found, strict=True)]
+        return [leaves.shaped(like, item) for like, item in zip(likes.values(), found, strict=True)]
 
     def _fit(self, step: int, item: str, saved: dict[str, Any], like: PyTree) -> None:
-        expected = {name: _describe(leaf) for name, leaf in _leaves(like).items()}
+        expected = {name: leaves.described(leaf) for name, leaf in leaves.named(like).items()}
         for name in [*expected, *saved]:
             here, want = saved.get(name, ["missing"])[0], expected.get(name, "none")
             if here != want:
@@ -407,74 +410,6 @@ def _read_item(path: Any, saved: dict[str, Any], target: dict[str, Any]) -> dict
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         found = reader.restore(path, args=ocp.args.StandardRestore(target))
     for name, (_, checksum) in saved.items():
-        if checksum is not None and checksum != _checksum(found[name]):
+        if checksum is not None and checksum != leaves.checksum(found[name]):
             raise ValueError(f"leaf {name} is not as it was written")
     return found
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    paths, _ = jax.tree.flatten_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "leaf": x for path, x in paths
-    }
-    if len(named) != len(paths):
-        raise ValueError("two leaves have the same name: a key contains a dot")
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf: Any) -> Any:
-    """What is stored for a leaf: a typed key's data, a number as an array."""
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _target(leaf: Any) -> Any:
-    """What Orbax is to restore for a leaf, and where."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return np.asarray(leaf)
-    home = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=home)
-
-
-def _shaped(like: PyTree, found: dict[str, Any]) -> PyTree:
-    """The tree of `like` with what was restored for each of its leaves."""
-    leaves = [
-        _key_of(leaf, found[name]) if _is_key(leaf) else found[name]
-        for name, leaf in _leaves(like).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _key_of(like: Any, data: jax.Array) -> jax.Array:
-    impl: list[Any] = []  # JAX tells it of a key, traced ones included, but not of a struct
-    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
-    return jax.random.wrap_key_data(data, impl=impl[0])
-
-
-def _describe(leaf: Any) -> str:
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _checksum(leaf: Any) -> int | None:
-    """CRC-32 of the bytes; None for what is split over several hosts."""
-    leaf = _plain(leaf)
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return None
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-
-
-def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-    return {"content": content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
-
-
-def _unsealed(document: dict[str, Any]) -> dict[str, Any]:
-    if _sealed(document["content"]) != document:
-        raise ValueError("its list of leaves is not as it was written")
-    return document["content"]
