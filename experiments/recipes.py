@@ -46,9 +46,9 @@ def with_changes(sections: Sections, changes: Sections) -> Sections:
     }
 
 
-def row(rows: dict[str, Sections], name: str) -> Sections:
+def row(rows: dict[str, Sections], name: str, what: str = "method") -> Sections:
     """What one row of a table changes; a wrong name is met with the right ones."""
-    return rows[one_of("method", name, list(rows))]
+    return rows[one_of(what, name, list(rows))]
 
 
 def method_rows(

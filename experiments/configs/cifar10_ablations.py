@@ -49,7 +49,7 @@ def get_config(part: str = "picks-shift") -> ml_collections.ConfigDict:
     return config(
         seed=0,
         **cifar10_small(),
-        **row(PARTS, part),
+        **row(PARTS, part, "part"),
         start=dict(classifier="runs/cifar10_natural"),
         method=dict(name="natural"),
         optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
