@@ -12,7 +12,8 @@ accuracy. They report 53 % under PGD-10 for the best checkpoint of this network.
 momentum and weight averaging. Not run by us so far.
 
 "minutes" is ours: the same attack by running averages, 30 epochs of one cycle at batch 256, in
-bfloat16.
+bfloat16. On one H200, seed 0: 206 s; of 10,000 test images 80.6 % right, 46.7 under PGD-20; of the
+first 1,000 45.0 under `standard` (docs/gpu.md).
 """
 
 import ml_collections
