@@ -343,6 +343,43 @@ def test_runs_of_another_threat_or_other_images_have_tables_of_their_own(tmp_pat
     assert len({group.title for group in groups}) == 3
 
 
+def test_runs_that_differ_in_a_number_are_a_curve_and_seeds_are_one_point(tmp_path):
+    def run(folder, clean, worst, **method):
+        record = {**record_of(), "model": method["name"], "cascade": False}
+        record |= {"clean": row(clean, 6), "worst_case": row(worst, 6)}
+        seed = method.pop("seed", 0)
+        config = {"seed": seed, "method": method, "evaluation": {"batch_size": clean}}
+        return write_run(tmp_path / folder, record, config=config)
+
+    folders = [
+        run("c9", 6, 1, name="sense", threshold=0.9),
+        run("c5", 5, 3, name="sense", threshold=0.5),
+        run("c5b", 4, 2, name="sense", threshold=0.5, seed=1),
+        run("at", 4, 3, name="adversarial"),
+        run("mixed", 3, 3, name="sense", threshold=0.5, form="trade"),
+    ]
+    exhibit = shown(*folders)["tradeoff"]
+    told = [(*r[:3], r[3].text, r[3].interval, r[4].text) for r in exhibit.table.rows]
+    assert told == [
+        ("sense (c5)", "method.threshold = 0.5", 2, "75.0", "[66.7, 83.3]", "41.7"),
+        ("sense (c5)", "method.threshold = 0.9", 1, "100.0", "[61.0, 100.0]", "16.7"),
+        ("adversarial", None, 1, "66.7", "[30.0, 90.3]", "50.0"),
+        ("sense (mixed)", None, 1, "50.0", "[18.8, 81.2]", "50.0"),
+    ]
+    assert "tradeoff" not in shown(*folders[:2])
+
+
+def test_where_two_numbers_vary_no_curve_is_drawn(tmp_path):
+    folders = []
+    for place, (beta, rate) in enumerate([(1, 0.1), (6, 0.1), (6, 0.2), (6, 0.2)]):
+        config = {"seed": place, "method": {"beta": beta}, "schedule": {"peak": rate}}
+        folders.append(write_run(tmp_path / str(place), record_of(), config=config))
+    rows = shown(*folders)["tradeoff"].table.rows
+    assert [(r[0], r[1], r[2]) for r in rows] == [
+        ("adversarial (0)", None, 1), ("adversarial (1)", None, 1), ("adversarial (2)", None, 2)
+    ]  # fmt: skip
+
+
 def test_one_name_with_two_settings_is_marked(tmp_path):
     other = record_of()
     other["attacks"]["pgd"]["settings"] = {"steps": 50}

@@ -7,6 +7,7 @@ from experiments.pages.exhibit import Exhibit, Section
 from experiments.pages.images import confusion, galleries, spectra
 from experiments.pages.load import Group, Run
 from experiments.pages.studies import against_budget, learning, studies
+from experiments.pages.tradeoff import tradeoff
 
 
 def sections(runs: list[Run], groups: list[Group]) -> list[Section]:
@@ -25,6 +26,9 @@ def sections(runs: list[Run], groups: list[Group]) -> list[Section]:
                 "a “+” under it and all before it, each of which was given what still stood.",
                 [under_attack(group, place) for place, group in enumerate(groups)
                  if any((run.evaluation or {})["attacks"] for run in group.runs)]),
+        Section("tradeoff", "Clean against robust accuracy", "What robustness cost: runs of one "
+                "method are joined where their configs differ in one number, which stands beside.",
+                [e for place, group in enumerate(groups) for e in tradeoff(group, place)]),
         Section("radius", "Accuracy against the radius", "From the nearest misclassified image "
                 "that a minimum-norm attack found: one run of it gives the whole curve.",
                 [e for place, group in enumerate(groups) for e in against_radius(group, place)]),

@@ -45,6 +45,14 @@ class Line(NamedTuple):
     series: int | None = None  # its colour, by default that of its place
 
 
+class Point(NamedTuple):
+    """Two accuracies in [0, 1], each with `value`, `low` and `high`, and what is written beside."""
+
+    x: Any
+    y: Any
+    label: str
+
+
 def render(draw: Drawing, width: float, height: float) -> tuple[bytes, str]:
     """A drawing as PNG and as SVG, the latter without a background; `width` is in inches."""
     import matplotlib
@@ -136,6 +144,35 @@ def dots(
         ax.set_xlim(-2, 102)
         ax.set_xlabel("accuracy, %")
         ax.grid(axis="y", visible=False)
+        legend(figure, ax)
+
+    return draw
+
+
+def scattered(series: Sequence[tuple[str, Sequence[Point]]], x: str, y: str) -> Drawing:
+    """Accuracies against accuracies, in per cent with what bounds them; a series is joined."""
+
+    def reach(values: Sequence[Any]) -> Any:
+        value, low, high = np.array([
+            (one.value, one.value if one.low is None else one.low,
+             one.value if one.high is None else one.high) for one in values
+        ]).T  # fmt: skip
+        return 100 * value, 100 * np.maximum([value - low, high - value], 0.0)
+
+    def draw(figure: Any) -> None:
+        ax = figure.subplots()
+        for place, (label, points) in enumerate(series):
+            (across, x_reach), (up, y_reach) = (
+                reach([point.x for point in points]), reach([point.y for point in points])
+            )  # fmt: skip
+            ax.errorbar(
+                across, up, xerr=x_reach, yerr=y_reach, color=SERIES[place % len(SERIES)],
+                fmt=MARKERS[place % len(MARKERS)] + "-", elinewidth=0.7, label=label,
+            )  # fmt: skip
+            for point, *where in zip(points, across, up, strict=True):
+                ax.annotate(point.label, where, (4, 4), textcoords="offset points", fontsize=7)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
         legend(figure, ax)
 
     return draw
