@@ -23,7 +23,7 @@ from rain_jax.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of any run, or of none: what is looked at, and what is measured.
-NO_TRAINING = {"benchmark", "cifar10_ablations", "ladder", "sweep_radius", "sweep_sense"}
+NO_TRAINING = {"benchmark", "cifar10_ablations", "ladder", "sweep_radius", "sweep_tradeoff"}
 CONFIGS = sorted(
     path for path in (ROOT / "experiments" / "configs").glob("*.py")
     if path.stem not in NO_TRAINING

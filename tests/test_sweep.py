@@ -407,14 +407,22 @@ def test_units_are_shared_out_once_and_alike():
     assert {len(share) for share in shares} == {2, 3}
 
 
-@pytest.mark.parametrize("name", ["sweep_radius", "sweep_sense"])
-def test_the_examples_describe_sweeps(name):
-    config = load_config(str(commands.ROOT / "experiments" / "configs" / f"{name}.py"))
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("sweep_radius.py", 16),
+        ("sweep_tradeoff.py", 12),
+        ("sweep_tradeoff.py:trades", 12),
+        ("sweep_tradeoff.py:pgd_at", 3),
+    ],
+)
+def test_the_examples_describe_sweeps(name, cells):
+    config = load_config(str(commands.ROOT / "experiments" / "configs" / name))
     found = grid.changed(config, [])
-    assert len(found.cells) == {"sweep_radius": 16, "sweep_sense": 12}[name]
+    assert len(found.cells) == cells
     cell = grid.config_of(found, found.cells[-1], base())
     build.experiment(cell)
-    if name == "sweep_radius":
+    if name == "sweep_radius.py":
         assert cell["threat"]["radius"] == pytest.approx(16 / 255)
 
 
