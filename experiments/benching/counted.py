@@ -4,6 +4,7 @@ Compilers count the body of a loop once, however often it runs; an attack is a l
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +21,49 @@ def gflop_of(function: Callable[..., Any], *arguments: Any) -> float | None:
     As it is written: what `models.conv` multiplies by zeros on its detours does not count. Those
     with padding, or with the zeros of a dilation, are left out where the convolution itself
     has them, and so is whatever no result depends on: either gradient of a convolution counts as
-    much as the convolution. Loops count as often as they run, but once where only the data tell how
-    often; of branches the longest counts. None where there are no products at all.
+    much as the convolution. What is written twice of the same operands counts once. Loops count as
+    often as they run, but once where only the data tell how often; of branches the longest counts.
+    None where there are no products at all.
     """
     # A function of its own: a trace that is remembered may have taken detours.
     with by_lax():
         program = jax.make_jaxpr(lambda *given: function(*given))(*arguments)
-    return _flops(program.jaxpr) / 1e9 or None
+    held: dict[Any, Any] = {}
+    same = {
+        variable: held.setdefault(_contents(value), variable)
+        for variable, value in zip(program.jaxpr.constvars, program.consts, strict=True)
+    }
+    return _flops(program.jaxpr, same) / 1e9 or None
 
 
-def _flops(program: Any) -> float:
+def _contents(value: Any) -> Any:
+    """What tells a constant from others; keys have no array to show, and stay themselves."""
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return id(value)
+    array = np.asarray(value)
+    return array.shape, array.dtype, array.tobytes()
+
+
+def _flops(program: Any, first: dict[Any, Any]) -> float:
+    """`first` tells of variables the one of the same value that comes before all others."""
     from jax.interpreters import partial_eval
 
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
     total = 0.0
+    written: dict[Any, Any] = {}
     for line in program.eqns:
         name, params = line.primitive.name, line.params
+        operands = tuple(
+            first.get(v, v) if isinstance(v, jax.extend.core.Var) else str(v) for v in line.invars
+        )
+        if name == "stop_gradient":
+            first[line.outvars[0]] = operands[0]
+            continue
+        told = re.sub(r" at 0x[0-9a-f]+", "", str(params))  # functions, by where they lie
+        same = written.setdefault((name, operands, told), line.outvars)
+        if same is not line.outvars:
+            first.update(zip(line.outvars, same, strict=True))
+            continue
         shapes = [getattr(v.aval, "shape", ()) for v in line.invars]
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
@@ -47,7 +75,7 @@ def _flops(program: Any) -> float:
             total += _convolution(shapes, params)
             continue
         inner = [
-            _flops(getattr(part, "jaxpr", part))
+            _flops(getattr(part, "jaxpr", part), {})
             for part in jax.extend.core.jaxprs_in_params(params)
         ]
         if inner:

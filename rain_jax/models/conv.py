@@ -24,7 +24,7 @@ import contextvars
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,8 @@ from jax import lax
 from rain_jax.types import Array
 
 CANONICAL = ("NHWC", "HWIO", "NHWC")
-_by_lax = contextvars.ContextVar("by_lax", default=False)
+_Left = Literal["nothing", "gradients", "all"]
+_to_lax: contextvars.ContextVar[_Left] = contextvars.ContextVar("to_lax", default="nothing")
 
 
 def conv_general_dilated(
@@ -59,16 +60,11 @@ def conv_general_dilated(
     usual = all(value in (None, 1) for value in others.values())  # no groups
     usual = usual and _is_canonical(lhs, rhs, padding, lhs_dilation, dimension_numbers)
     if usual and needs_loop_safety():
-        return loop_safe_conv(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
+        window = _window(lhs.shape, rhs.shape, window_strides, padding, lhs_dilation, rhs_dilation)
+        window = window._replace(
+            precision=precision, preferred_element_type=_dtype(preferred_element_type)
         )
+        return (_values if _to_lax.get() == "gradients" else _convolve)(lhs, rhs, window)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -85,21 +81,36 @@ def conv_general_dilated(
 
 def needs_loop_safety() -> bool:
     """Whether this process computes on CPU by default, and nobody asked for `lax` itself."""
-    return jax.default_backend() == "cpu" and not _by_lax.get()
+    return jax.default_backend() == "cpu" and _to_lax.get() != "all"
 
 
 @contextlib.contextmanager
 def by_lax() -> Iterator[None]:
-    """What is traced in here convolves by `lax`, also on CPU.
+    """What is traced in here convolves by `lax`, also on CPU."""
+    with _left_to_lax("all"):
+        yield
+
+
+@contextlib.contextmanager
+def gradients_by_lax() -> Iterator[None]:
+    """What is traced in here convolves as ever, and backwards as `lax` would.
 
     For kernels that learn under a `vmap` over images: our rule would give every image a gradient of
-    its own, by a grouped convolution, before they are added; that of `lax` is one convolution.
+    its own, by a grouped convolution, before they are added; that of `lax` is one convolution. The
+    values are those of our rule to the operation, so that a compiler which meets both computes them
+    once.
     """
-    token = _by_lax.set(True)
+    with _left_to_lax("gradients") if _to_lax.get() != "all" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _left_to_lax(what: _Left) -> Iterator[None]:
+    token = _to_lax.set(what)
     try:
         yield
     finally:
-        _by_lax.reset(token)
+        _to_lax.reset(token)
 
 
 def loop_safe_conv(
@@ -118,15 +129,11 @@ def loop_safe_conv(
     `padding` is "SAME", "VALID" or pairs (low, high), which may be negative. The gradients are
     canonical convolutions again.
     """
-    lhs_dilation = tuple(lhs_dilation or (1, 1))
-    rhs_dilation = tuple(rhs_dilation or (1, 1))
-    if isinstance(padding, str):
-        reach = [_span(size, by) for size, by in zip(kernel.shape[:2], rhs_dilation, strict=True)]
-        padding = lax.padtype_to_pads(images.shape[1:3], reach, strides, padding)
-    pairs = tuple((int(low), int(high)) for low, high in padding)
-    dtype = None if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    window = _Window(tuple(strides), pairs, lhs_dilation, rhs_dilation, precision, dtype)
-    return _convolve(images, kernel, window)
+    window = _window(images.shape, kernel.shape, strides, padding, lhs_dilation, rhs_dilation)
+    dtype = _dtype(preferred_element_type)
+    return _convolve(
+        images, kernel, window._replace(precision=precision, preferred_element_type=dtype)
+    )
 
 
 class _Window(NamedTuple):
@@ -136,12 +143,38 @@ class _Window(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     lhs_dilation: tuple[int, ...]
     rhs_dilation: tuple[int, ...]
-    precision: Any
-    preferred_element_type: Any
+    precision: Any = None
+    preferred_element_type: Any = None
+
+
+def _window(
+    images: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+) -> _Window:
+    """Of images and a kernel of these shapes, all that may be left out filled in."""
+    lhs_dilation = tuple(lhs_dilation or (1, 1))
+    rhs_dilation = tuple(rhs_dilation or (1, 1))
+    if isinstance(padding, str):
+        reach = [_span(size, by) for size, by in zip(kernel[:2], rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(images[1:3], reach, strides, padding)
+    pairs = tuple((int(low), int(high)) for low, high in padding)
+    return _Window(tuple(strides), pairs, lhs_dilation, rhs_dilation)
+
+
+def _dtype(preferred: Any) -> Any:
+    return None if preferred is None else jnp.dtype(preferred)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(images: Array, kernel: Array, window: _Window) -> Array:
+    return _values(images, kernel, window)
+
+
+def _values(images: Array, kernel: Array, window: _Window) -> Array:
     if math.prod(kernel.shape[:2]) > math.prod(images.shape[1:3]):
         # XLA would swap such operands, which leaves the canonical layout. With its padding written
         # out an image is as large as the kernel; the barrier keeps XLA from folding it back in.

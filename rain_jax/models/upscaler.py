@@ -10,7 +10,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from rain_jax.checks import UsageError
 from rain_jax.models import layers
-from rain_jax.models.conv import by_lax
+from rain_jax.models.conv import gradients_by_lax
 from rain_jax.types import Array, Image, Key, Upscaler, Variables
 
 FACTOR = 2  # of all trained networks here: RAIN halves images before it enlarges them
@@ -51,7 +51,7 @@ def upscaler(module: nn.Module) -> Upscaler:
         fixed = jax.lax.stop_gradient
         # One pass when compiled, and two ways back: weights learn at the top level of a step, under
         # the `vmap` over its images, and images are climbed in loops.
-        with by_lax():
+        with gradients_by_lax():
             learning = images_of(variables, fixed(image))[0]
         climbing = images_of(fixed(variables), image)[0]
         return learning + (climbing - fixed(climbing))

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
+from experiments.benching.counted import gflop_of
 from rain_jax.checks import UsageError
 from rain_jax.methods.upscaling import psnr
 from rain_jax.models import imports, upscalers
@@ -66,6 +68,31 @@ def test_twice_the_size_in_float32_and_no_image_feels_another(name, channels):
     alone = jax.jit(upscaler.apply)
     for image, enlarged in zip(images, found, strict=True):
         np.testing.assert_allclose(alone(variables, image), enlarged, atol=1e-5)
+
+
+def test_weights_and_images_share_one_forward_pass():
+    # Five convolutions, two of a block, and as many backwards: what is written for weights and
+    # for images is computed once. Colours take a detour on CPU, see `models.conv`.
+    upscaler = upscalers.edsr(blocks=1, width=8)
+    images = jnp.stack([picture(seed=seed) for seed in range(3)])
+    variables = upscaler.init(jax.random.key(1), images[0])
+
+    def enlarged(images, variables):
+        return jax.vmap(upscaler.apply, (None, 0))(variables, images)
+
+    def loss(images, variables):
+        return jnp.sum(enlarged(images, variables) ** 2)
+
+    def convolutions(function):
+        program = jax.jit(function).lower(images, variables).compile().as_text()
+        return len(re.findall(r" convolution\(", program))
+
+    assert convolutions(enlarged) == 6
+    assert convolutions(jax.grad(loss)) == 12
+    assert convolutions(jax.grad(loss, 1)) == 17  # nobody asks for a gradient of the images
+    assert gflop_of(jax.grad(loss, (0, 1)), images, variables) == pytest.approx(
+        3 * gflop_of(enlarged, images, variables)
+    )
 
 
 @ALL
