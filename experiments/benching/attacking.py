@@ -11,13 +11,13 @@ import numpy as np
 
 from experiments.benching.clock import Row, Side
 from experiments.benching.counted import gflop_of
-from experiments.benching.images import pictures
+from experiments.benching.images import cores, pictures
 from experiments.benching.training import Workload, known, twin
 from experiments.defended import logits_fn_of
 from rain_jax import attacks, evaluation, norms
 from rain_jax.checks import within
 from rain_jax.evaluation import Lanes
-from rain_jax.parallel import Devices, place
+from rain_jax.parallel import Devices
 from rain_jax.types import Batch, Iteration, Key, LogitsFn, Threat, Variables
 
 Cell = tuple[float, int]  # a radius, and which draw
@@ -121,9 +121,7 @@ class _Subject:
 
     @property
     def devices(self) -> Devices:
-        """All cores of a CPU, which may be several devices; of others one, as the peers have."""
-        found = jax.devices()
-        return place("shard_map", found if found[0].platform == "cpu" else found[:1])
+        return cores(self.workload.batch_size)
 
     @property
     def batch(self) -> Batch:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.models.conv import by_lax
@@ -38,7 +39,7 @@ def gflop_of(function: Callable[..., Any], *arguments: Any) -> float | None:
 
 def _contents(value: Any) -> Any:
     """What tells a constant from others; keys have no array to show, and stay themselves."""
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return id(value)
     array = np.asarray(value)
     return array.shape, array.dtype, array.tobytes()
@@ -80,7 +81,9 @@ def _flops(program: Any, first: dict[Any, Any]) -> float:
         ]
         if inner:
             whole = max(inner) if name == "cond" else sum(inner)
-            total += whole * (params["length"] if name == "scan" else 1)
+            # A body of `shard_map` is the share of one device.
+            shares = params["mesh"].size if name == "shard_map" else 1
+            total += whole * (params["length"] if name == "scan" else shares)
     return total
 
 

@@ -1,11 +1,13 @@
 """Images to images, beside other libraries: JPEG, EDSR and RAIN.
 
 A suite is a function that makes `Row`s, and its arguments are its section of the config. "With
-gradient" is a forward pass, whose result is kept, and a backward pass to the image.
+gradient" is a forward pass, whose result is kept, and a backward pass to the image. Ours runs as an
+evaluation does: each core of a CPU is a device and takes its share of the images.
 """
 
 import importlib
 import io
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benching.clock import Program, Row, Side, cpus
 from rain_jax.checks import one_of, within
@@ -20,6 +23,7 @@ from rain_jax.defences import rain as rain_defence
 from rain_jax.image import jpeg as round_trip
 from rain_jax.image import standard_tables
 from rain_jax.models import upscalers
+from rain_jax.parallel import AXIS, Devices, place
 from rain_jax.types import Array, Key, Upscaler, Variables
 
 Function = Callable[..., Array]
@@ -46,19 +50,20 @@ def jpeg(
             one = partial(round_trip, subsampling=subsampling, rounding=rounding)
             return jax.vmap(one, (0, None, None))(batch, *tables)
 
-        arguments = (jnp.asarray(pixels), *tables)
+        arguments, split = (jnp.asarray(pixels), *tables), (True, False, False)
         for subsampling in "444", "420":
             peers = {"Pillow": partial(_pillow, pixels, quality, subsampling)}
             if subsampling == "420":
                 peers["kornia"] = partial(_kornia, pixels, quality, None)
             hard = partial(ours, subsampling, "hard")
-            rows.append(_row(f"{what}, {subsampling}", hard, arguments, peers, count))
+            rows.append(_row(f"{what}, {subsampling}", hard, arguments, split, peers, count))
         slope = direction(pixels.shape)
         rows.append(
             _row(
                 f"{what}, 420, with gradient",
                 partial(_with_gradient, partial(ours, "420", "cubic")),
                 (jnp.asarray(slope), *arguments),
+                (True, *split),
                 {"kornia": partial(_kornia, pixels, quality, slope)},
                 count,
             )
@@ -90,7 +95,7 @@ def edsr(
             return _twins().edsr(jax.tree.map(np.asarray, variables))
 
         rows += _both_ways(
-            what, partial(ours, network), pixels, (variables,), partial(twin, variables),
+            what, partial(ours, network), pixels, (variables,), (False,), partial(twin, variables),
             scale=2, compiled=compiled,
         )  # fmt: skip
     return rows
@@ -117,7 +122,7 @@ def rain(
 
     return _both_ways(
         f"rain, edsr {blocks} x {width}, {count} x {size}x{size}", ours, pixels, (variables, keys),
-        twin, scale=1, compiled=compiled, alike=False,
+        (False, True), twin, scale=1, compiled=compiled, alike=False,
     )  # fmt: skip
 
 
@@ -126,6 +131,7 @@ def _both_ways(
     ours: Function,
     pixels: np.ndarray,
     arguments: tuple[Any, ...],
+    split: tuple[bool, ...],
     twin: Callable[[], Any],
     *,
     scale: int,
@@ -140,18 +146,44 @@ def _both_ways(
     if compiled:
         peers["torch.compile"] = partial(_torch, twin, pixels, slope, True)
     return [
-        _row(what, ours, (batch, *arguments), eager, count, alike),
+        _row(what, ours, (batch, *arguments), (True, *split), eager, count, alike),
         _row(
             f"{what}, with gradient", partial(_with_gradient, ours),
-            (jnp.asarray(slope), batch, *arguments), peers, count, alike,
+            (jnp.asarray(slope), batch, *arguments), (True, True, *split), peers, count, alike,
         ),
     ]  # fmt: skip
 
 
 def _row(
-    what: str, function: Function, arguments: Any, peers: Any, images: int, alike: bool = True
+    what: str,
+    function: Function,
+    arguments: tuple[Any, ...],
+    split: tuple[bool, ...],
+    peers: Any,
+    images: int,
+    alike: bool = True,
 ) -> Row:
-    return Row(what, lambda: Program(function, arguments), peers, alike, images)
+    """A function of arguments that have a row for each image where `split` says so."""
+
+    def ours() -> Program:
+        devices = cores(images)
+        mapped = devices.map(lambda *given, axis_name: function(*given), inputs=split, outputs=True)
+        there = [
+            jax.device_put(
+                leaf, NamedSharding(devices.mesh, PartitionSpec(AXIS) if rows else PartitionSpec())
+            )
+            for leaf, rows in zip(arguments, split, strict=True)
+        ]
+        return Program(mapped, tuple(there))
+
+    return Row(what, ours, peers, alike, images)
+
+
+def cores(images: int) -> Devices:
+    """As many cores of a CPU as share the images evenly; of others one device, as peers have."""
+    found = jax.devices()
+    count = len(found) if found[0].platform == "cpu" else 1
+    return place("shard_map", found[: math.gcd(count, images)])
 
 
 def pictures(count: int, size: int) -> np.ndarray:
