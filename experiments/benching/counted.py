@@ -29,12 +29,7 @@ def gflop_of(function: Callable[..., Any], *arguments: Any) -> float | None:
     # A function of its own: a trace that is remembered may have taken detours.
     with by_lax():
         program = jax.make_jaxpr(lambda *given: function(*given))(*arguments)
-    held: dict[Any, Any] = {}
-    same = {
-        variable: held.setdefault(_contents(value), variable)
-        for variable, value in zip(program.jaxpr.constvars, program.consts, strict=True)
-    }
-    return _flops(program.jaxpr, same) / 1e9 or None
+    return _flops(program, {}) / 1e9 or None
 
 
 def _contents(value: Any) -> Any:
@@ -45,10 +40,16 @@ def _contents(value: Any) -> Any:
     return array.shape, array.dtype, array.tobytes()
 
 
-def _flops(program: Any, first: dict[Any, Any]) -> float:
-    """`first` tells of variables the one of the same value that comes before all others."""
+def _flops(program: Any, alike: dict[int, int]) -> float:
+    """Of a program whose argument at a place is also that at `alike[place]`, which comes first."""
     from jax.interpreters import partial_eval
 
+    closed, program = program, getattr(program, "jaxpr", program)
+    # Of variables the one of the same value that comes before all others.
+    first = {program.invars[place]: program.invars[other] for place, other in alike.items()}
+    held: dict[Any, Any] = {}
+    for variable, value in zip(program.constvars, getattr(closed, "consts", ()), strict=False):
+        first[variable] = held.setdefault(_contents(value), variable)
     program, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
     total = 0.0
     written: dict[Any, Any] = {}
@@ -75,16 +76,32 @@ def _flops(program: Any, first: dict[Any, Any]) -> float:
         if name == "conv_general_dilated":
             total += _convolution(shapes, params)
             continue
-        inner = [
-            _flops(getattr(part, "jaxpr", part), {})
-            for part in jax.extend.core.jaxprs_in_params(params)
-        ]
+        # What a loop carries may part ways; other bodies are given what the line is given.
+        same = {} if name in ("scan", "while", "cond") else _repeats(operands)
+        inner = [_flops(part, same) for part in _bodies(params)]
         if inner:
             whole = max(inner) if name == "cond" else sum(inner)
             # A body of `shard_map` is the share of one device.
             shares = params["mesh"].size if name == "shard_map" else 1
             total += whole * (params["length"] if name == "scan" else shares)
     return total
+
+
+def _repeats(operands: tuple[Any, ...]) -> dict[int, int]:
+    """Places of operands that were there before, with the place of the first."""
+    places: dict[Any, int] = {}
+    found = {place: places.setdefault(one, place) for place, one in enumerate(operands)}
+    return {place: before for place, before in found.items() if before != place}
+
+
+def _bodies(params: dict[str, Any]) -> list[Any]:
+    """The programs within a line, with their constants where they have some."""
+    core = jax.extend.core
+    values = [
+        one for value in params.values()
+        for one in (value if isinstance(value, tuple | list) else (value,))
+    ]  # fmt: skip
+    return [one for one in values if isinstance(one, core.ClosedJaxpr | core.Jaxpr)]
 
 
 def _convolution(shapes: list[tuple[int, ...]], params: dict[str, Any]) -> float:
