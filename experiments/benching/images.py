@@ -174,7 +174,8 @@ def _row(
             )
             for leaf, rows in zip(arguments, split, strict=True)
         ]
-        return Program(mapped, tuple(there))
+        # What `map` compiled remembers how it was traced; work is counted in another trace.
+        return Program(mapped.__wrapped__, tuple(there))
 
     return Row(what, ours, peers, alike, images)
 
