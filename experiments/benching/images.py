@@ -167,7 +167,9 @@ def _row(
 
     def ours() -> Program:
         devices = cores(images)
-        mapped = devices.map(lambda *given, axis_name: function(*given), inputs=split, outputs=True)
+        mapped: Any = devices.map(
+            lambda *given, axis_name: function(*given), inputs=split, outputs=True
+        )
         there = [
             jax.device_put(
                 leaf, NamedSharding(devices.mesh, PartitionSpec(AXIS) if rows else PartitionSpec())
