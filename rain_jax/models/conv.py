@@ -60,10 +60,10 @@ def conv_general_dilated(
     usual = all(value in (None, 1) for value in others.values())  # no groups
     usual = usual and _is_canonical(lhs, rhs, padding, lhs_dilation, dimension_numbers)
     if usual and needs_loop_safety():
-        window = _window(lhs.shape, rhs.shape, window_strides, padding, lhs_dilation, rhs_dilation)
-        window = window._replace(
-            precision=precision, preferred_element_type=_dtype(preferred_element_type)
-        )
+        window = _window(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
+            precision, preferred_element_type,
+        )  # fmt: skip
         return (_values if _to_lax.get() == "gradients" else _convolve)(lhs, rhs, window)
     return lax.conv_general_dilated(
         lhs,
@@ -129,11 +129,11 @@ def loop_safe_conv(
     `padding` is "SAME", "VALID" or pairs (low, high), which may be negative. The gradients are
     canonical convolutions again.
     """
-    window = _window(images.shape, kernel.shape, strides, padding, lhs_dilation, rhs_dilation)
-    dtype = _dtype(preferred_element_type)
-    return _convolve(
-        images, kernel, window._replace(precision=precision, preferred_element_type=dtype)
-    )
+    window = _window(
+        images, kernel, strides, padding, lhs_dilation, rhs_dilation,
+        precision, preferred_element_type,
+    )  # fmt: skip
+    return _convolve(images, kernel, window)
 
 
 class _Window(NamedTuple):
@@ -143,30 +143,29 @@ class _Window(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     lhs_dilation: tuple[int, ...]
     rhs_dilation: tuple[int, ...]
-    precision: Any = None
-    preferred_element_type: Any = None
+    precision: Any
+    preferred_element_type: Any
 
 
 def _window(
-    images: Sequence[int],
-    kernel: Sequence[int],
+    images: Array,
+    kernel: Array,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None,
     rhs_dilation: Sequence[int] | None,
+    precision: Any,
+    preferred_element_type: Any,
 ) -> _Window:
-    """Of images and a kernel of these shapes, all that may be left out filled in."""
+    """What `lax` was asked for, with all that may be left out filled in."""
     lhs_dilation = tuple(lhs_dilation or (1, 1))
     rhs_dilation = tuple(rhs_dilation or (1, 1))
     if isinstance(padding, str):
-        reach = [_span(size, by) for size, by in zip(kernel[:2], rhs_dilation, strict=True)]
-        padding = lax.padtype_to_pads(images[1:3], reach, strides, padding)
+        reach = [_span(size, by) for size, by in zip(kernel.shape[:2], rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(images.shape[1:3], reach, strides, padding)
     pairs = tuple((int(low), int(high)) for low, high in padding)
-    return _Window(tuple(strides), pairs, lhs_dilation, rhs_dilation)
-
-
-def _dtype(preferred: Any) -> Any:
-    return None if preferred is None else jnp.dtype(preferred)
+    dtype = None if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    return _Window(tuple(strides), pairs, lhs_dilation, rhs_dilation, precision, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
