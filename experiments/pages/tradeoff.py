@@ -11,6 +11,9 @@ from experiments.pages.tables import Cell, Percent, Table
 
 Settings = dict[str, Any]
 
+# What does not change how a run is trained, but for its luck.
+_APART = ("seed", "data.data_dir", "evaluation", "sweep", "validation")
+
 
 class Family(NamedTuple):
     """Runs whose configs differ in one number, `key`, or in none."""
@@ -90,8 +93,9 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of all that training depends on but for its seed, with values to compare."""
     if isinstance(value, dict):
         for key, inner in sorted(value.items()):
-            if path or key not in ("seed", "evaluation", "sweep", "validation"):
-                yield from _leaves(inner, f"{path}.{key}" if path else key)
+            inside = f"{path}.{key}" if path else key
+            if inside not in _APART:
+                yield from _leaves(inner, inside)
     elif isinstance(value, list):
         yield path, tuple(map(repr, value))
     else:
