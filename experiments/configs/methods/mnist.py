@@ -11,7 +11,10 @@ checkpoint are the same, ours and not the papers', within ten CPU minutes a row.
 first 1,000 test images under PGD-100 with 5 restarts, targeted APGD (50 steps for each of 9
 classes) and Square (1,000 queries). RAT is `configs/rat/mnist.py`. For other seeds
 `--config.seed=1`; for SENSE's trade-off `--config.method.threshold=0.3` (the paper's c), for that
-of TRADES `--config.method.beta=3`. Results: not measured yet.
+of TRADES `--config.method.beta=3`.
+
+Results, means of seeds 0, 1 and 2 in per cent, clean and worst case: pgd_at 97.2, 83.4; trades
+93.6, 10.4; sense 98.6, 84.5; afd 96.5, 3.7 (README, "Training methods"). Others: not measured yet.
 """
 
 import ml_collections
