@@ -4,6 +4,7 @@
     python -m experiments.benchmark --config=experiments/configs/benchmark.py:gpu
     python -m experiments.benchmark --config=experiments/configs/benchmark.py --config.suite=steps
     python -m experiments.benchmark ... --config.profile=true         traces of ours as well
+    python -m experiments.benching.kernels FILE.trace.json.gz         what a GPU did in one of them
     taskset -c 0 python -m experiments.benchmark ...                  on one core
 
 Prints a table and writes benchmark.json and benchmark.png into `--workdir`. Ratios are a peer's

@@ -1,5 +1,6 @@
 """PyTorch twins of upscalers and of RAIN, the clock, and the benchmark's command."""
 
+import gzip
 import importlib.util
 import json
 import re
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, cli
-from experiments.benching import show
+from experiments.benching import kernels, show
 from experiments.benching.clock import Peaks, Program, Row, Side, measure, ready
+from rain_jax.checks import UsageError
 from rain_jax.defences import rain
 from rain_jax.image import random_pick
 from rain_jax.models import imports, upscalers
@@ -338,3 +340,28 @@ def test_mistakes_are_told_in_a_line(argument, said, tmp_path, capsys):
         command(f"--config.{argument}", *only, f"--workdir={tmp_path}")
     assert left.value.code == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_kernels_of_a_profile_are_counted_by_what_they_do(tmp_path, capsys):
+    def kernel(name, start, took, lane=1):
+        return {"ph": "X", "pid": 1, "tid": lane, "name": name, "ts": start, "dur": took}
+
+    lanes = [
+        {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": name}}
+        for number, name in ((1, "Stream #1(Compute)"), (2, "python"))
+    ]
+    events = [
+        *lanes, kernel("sm90_fprop_nhwc", 0, 2000), kernel("loop_add_fusion", 2000, 1000),
+        kernel("sm90_dgrad_nhwc", 4000, 500), kernel("a_host_call", 0, 9000, lane=2),
+    ]  # fmt: skip
+    took, many, span = kernels.kinds(events)
+    assert took == {"convolution": 2.0, "elementwise": 1.0, "convolution, towards images": 0.5}
+    assert sum(many.values()) == 3
+    assert span == 4.5
+    file = tmp_path / "vm.trace.json.gz"
+    with gzip.open(file, "wt") as opened:
+        json.dump({"traceEvents": events}, opened)
+    kernels.main(str(file))
+    assert "3 kernels, 3.5 ms of 4.5 ms" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no such file"):
+        kernels.main(str(tmp_path / "none.gz"))
