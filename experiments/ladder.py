@@ -24,6 +24,8 @@ from rain_jax.types import Iteration, Threat
 
 # What knows nothing of the defence; what sees no gradient; what is no attack.
 OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", "gray"), ("square", "rays"), ("noise", "far")
+# Of a ladder's settings those that a rung turns on; the others choose among rungs.
+BUDGET = ("steps", "draws", "restarts", "queries", "answers")
 # A radius at which every image can be made any other, or as many times the threat's in L2 and L1.
 FAR, FAR_TIMES = 64 / 255, 8.0
 
@@ -52,7 +54,7 @@ class Ladder:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "draws", "restarts", "queries", "answers"):
+        for name in BUDGET:
             within(f"config.evaluation.ladder.{name}", getattr(self, name), 1)
         for name in ("sweep_draws", "sweep_steps"):
             within(f"config.evaluation.ladder.{name}", getattr(self, name) or 1, 1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, defended, loading, looks, workdir
+from experiments import build, defended, ladder, loading, looks, workdir
 from experiments.defended import logits_fn_of
 from experiments.journal import Block, Journal, digest, digest_of, sample_of
 from experiments.logs import Progress
@@ -259,9 +259,11 @@ class _Measuring:
             )
 
         settings = self.experiment.evaluation
+        # A rung that is left out, or another sweep, makes no other of what is climbed already.
+        budget = settings.ladder and {name: settings.ladder[name] for name in ladder.BUDGET}
         turns_on = {
             "settings": settings.attacks.get(title, settings.distances.get(title)),
-            "suite": settings.suite, "ladder": settings.ladder,
+            "suite": settings.suite, "ladder": budget,
             "through": look.through, "climbed": known, "early": early,
         }  # fmt: skip
         offered = look.threat is None and title in self.experiment.looks

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, defended, evaluate, loading, proof, start
+from experiments import build, cli, defended, evaluate, journal, loading, measure, proof, start
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.defences.tables import Statistics
@@ -165,6 +165,30 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     # No number where a check fails.
     assert ("worst case" in row.columns) == found["valid"]
     assert (record["worst_case"] is not None) == found["valid"]
+
+
+def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monkeypatch):
+    spared = ["square", "rays", "pgd", "apgd_ce", "apgd_t", "fab_t"]
+
+    def measured(*changes):
+        experiment = experiment_of(tmp_path, *changes)
+        measure.measure(experiment, drawn(experiment), "untrained", tmp_path)
+
+    measured(("evaluation.ladder.without", spared))
+    taken = []
+    read = journal.Pages.read
+
+    def spying(self, number):
+        taken.append(self._folder.name.split(".")[0])
+        return read(self, number)
+
+    monkeypatch.setattr(journal.Pages, "read", spying)
+    others = ("evaluation.ladder.sweep_steps", [1])
+    measured(("evaluation.ladder.without", [*spared, "fgsm"]), others)
+    assert {"clean", "noise", "far"} <= set(taken)
+    taken.clear()
+    measured(("evaluation.ladder.without", [*spared, "fgsm"]), ("evaluation.ladder.steps", 3))
+    assert not {"noise", "far"} & set(taken)
 
 
 # --- The sweep --------------------------------------------------------------------------------
