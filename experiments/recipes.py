@@ -28,12 +28,16 @@ def cifar10_small(**network: Any) -> Sections:
     )
 
 
-def stl10_small(crop_padding: int) -> Sections:
-    """The cut of STL-10's labelled training images that `prepare` makes, and a ResNet-10."""
+def stl10(crop_padding: int, *, full: bool = False) -> Sections:
+    """The cut of STL-10's labelled training images that `prepare` makes, and a PreAct ResNet.
+
+    It has 10 layers and a width of 16 or, if `full`, the 18 layers of the usual one.
+    """
+    small = dict(name="preact_resnet", depths=(1, 1, 1, 1), width=16, **STL10)
     return dict(
         data=dict(name="tfds:stl10_part", holdout=300),
         augment=dict(crop_padding=crop_padding, flip=True),
-        network=dict(name="preact_resnet", depths=(1, 1, 1, 1), width=16, **STL10),
+        network=dict(name="preact_resnet18", dtype="bfloat16", **STL10) if full else small,
         threat=EIGHT,
     )
 

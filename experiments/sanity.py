@@ -63,7 +63,10 @@ def refuse(network: Network, variables: PyTree, images: Any) -> None:
     """
     # Whether it uses keys is the question, so it gets some.
     of = logits_fn_of(network._replace(random=True))
-    keys, others = jax.random.split(jax.random.key(0), (2, len(images)))
+    # One key for all: a model that draws once for a whole batch (as RAIN's authors do) has the same
+    # law for each image whatever its neighbours, and only its draw is another.
+    draws = jax.random.split(jax.random.key(0))
+    keys, others = (jnp.broadcast_to(key, len(images)) for key in draws)
     one = jax.jit(lambda v, keys, x: jax.vmap(of(v))(keys, x))
     all_ = jax.jit(lambda v, keys, x: network.apply(v, x, train=False, keys=keys)[0])
     alone, again = (np.asarray(one(variables, some, images)) for some in (keys, others))

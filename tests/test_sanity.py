@@ -145,6 +145,16 @@ def test_others_are_not_refused(function, random):
     sanity.refuse(network_of(function, random), {}, IMAGES)
 
 
+def test_one_draw_for_a_whole_batch_is_not_refused():
+    """As RAIN's authors shift: what an image is given does not turn on what its neighbours are."""
+
+    def first_draws(variables, images, train=False, axis_name=None, keys=None):
+        together = jnp.broadcast_to(keys[0], len(images))
+        return jax.vmap(noisy)(together, images), {}
+
+    sanity.refuse(network_of(noisy, True)._replace(apply=first_draws), {}, IMAGES)
+
+
 def test_a_model_in_training_mode_is_refused(experiment_of):
     experiment = experiment_of(None, ("network.batch_norm", True))
     network = experiment.network

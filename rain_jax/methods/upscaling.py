@@ -38,7 +38,12 @@ DOWN: dict[str, Callable[[Key, Image], Image]] = {"random_pick": random_pick, "b
 
 
 def upscaling(
-    upscaler: Upscaler, *, down: Down = "random_pick", crop: int | None = None, flip: bool = True
+    upscaler: Upscaler,
+    *,
+    down: Down = "random_pick",
+    crop: int | None = None,
+    flip: bool = True,
+    turn: bool = False,
 ) -> Objective:
     """The mean absolute difference between an image and its enlarged half (Lim et al., 1707.02921).
 
@@ -46,8 +51,9 @@ def upscaling(
     that the network learns to undo what it will be given there; "bicubic" is what published
     networks were trained on. Each image is cut to a random square of `crop` pixels, an even number
     (None: taken whole, its sides made even), and mirrored left to right half of the time by `flip`.
-    There are no labels in it. Raises `UsageError` for a crop that is odd or larger than the images,
-    and for an upscaler of another factor than 2.
+    With `turn` it is turned by a random multiple of 90 degrees as well, as EDSR's authors do, which
+    takes squares. There are no labels in it. Raises `UsageError` for a crop that is odd or larger
+    than the images, and for an upscaler of another factor than 2.
     """
     one_of("down", down, DOWN)
     if upscaler.factor != 2:
@@ -59,6 +65,8 @@ def upscaling(
         crop_key, flip_key, down_key = jax.random.split(key, 3)
         image = to_even(image) if crop is None else random_crop(crop_key, image, size=crop)
         image = augment(flip_key, image, flip=flip)
+        if turn:
+            image = random_turn(jax.random.fold_in(flip_key, 1), image)
         found = upscaler.apply({"params": params, **model_state}, DOWN[down](down_key, image))
         return jnp.mean(jnp.abs(found - image))
 
@@ -83,6 +91,16 @@ def random_crop(key: Key, image: Image, *, size: int) -> Image:
     within("crop", size, 1, min(height, width), hint=f" (images are {height}x{width})")
     top, left = jax.random.randint(key, (2,), 0, jnp.array([height - size, width - size]) + 1)
     return jax.lax.dynamic_slice(image, (top, left, 0), (size, size, channels))
+
+
+def random_turn(key: Key, image: Image) -> Image:
+    """A square image [S, S, C] turned by 0, 90, 180 or 270 degrees, each as likely."""
+    height, width, _ = image.shape
+    if height != width:
+        raise UsageError(f"turn=True: expected a square, got {height}x{width}: set crop")
+    upside_down, lying = jax.random.bernoulli(key, shape=(2,))
+    image = jnp.where(upside_down, image[::-1, ::-1], image)
+    return jnp.where(lying, jnp.swapaxes(image, 0, 1)[::-1], image)
 
 
 def psnr(found: Image, image: Image) -> Scalar:

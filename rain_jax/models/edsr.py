@@ -1,12 +1,16 @@
 """EDSR, the super-resolution network that RAIN enlarges with (Lim et al., arXiv:1707.02921)."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from rain_jax.checks import UsageError, within
 from rain_jax.models import layers
-from rain_jax.models.layers import PerChannel
+from rain_jax.models.layers import Dtype, PerChannel
 from rain_jax.models.upscaler import FACTOR, Conv, pixel_shuffle, upscaler
 from rain_jax.types import Array, Upscaler
 
@@ -21,6 +25,7 @@ def edsr(
     width: int = 64,
     residual_scale: float = 1.0,
     mean: PerChannel = DIV2K_MEAN,
+    dtype: Dtype = "float32",
 ) -> Upscaler:
     """EDSR for a factor of 2: residual blocks without batch normalisation at the low resolution.
 
@@ -28,13 +33,14 @@ def edsr(
     is `blocks=32, width=256, residual_scale=0.1`. The computation is that of their PyTorch code
     (sanghyun-son/EDSR-PyTorch), 255 x - 255 mean inside and back, so that published weights mean
     the same (see `imports.edsr_from_torch`). `mean` is one number or one for each channel, in
-    units of pixel values in [0, 1]: with all weights zero, it is the colour of the result.
+    units of pixel values in [0, 1]: with all weights zero, it is the colour of the result. `dtype`
+    is what all but the last layer computes in; weights, and what comes out, are float32.
     """
     layers.count("blocks", blocks)
     layers.count("width", width)
     within("residual_scale", residual_scale, above=0.0)
     within("mean", mean, 0.0, 1.0)
-    return upscaler(_EDSR(blocks, width, residual_scale, mean))
+    return upscaler(_EDSR(blocks, width, residual_scale, mean, layers.compute_dtype(dtype)))
 
 
 class _EDSR(nn.Module):
@@ -42,9 +48,11 @@ class _EDSR(nn.Module):
     width: int
     residual_scale: float
     mean: PerChannel
+    dtype: Any
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
+        conv = partial(Conv, kernel_size=(3, 3), dtype=self.dtype)
         channels = images.shape[-1]
         mean = jnp.asarray(self.mean, jnp.float32).reshape(-1)
         if mean.size not in (1, channels):
@@ -53,21 +61,23 @@ class _EDSR(nn.Module):
                 "channels of the image"
             )
         mean = LEVELS * mean.reshape(1, 1, 1, -1)
-        head = Conv(self.width, (3, 3), name="head")(LEVELS * images - mean)
+        head = conv(self.width, name="head")(LEVELS * images - mean)
         maps = head
         for number in range(self.blocks):
-            maps = _Block(self.width, self.residual_scale, name=f"block_{number}")(maps)
-        maps = head + Conv(self.width, (3, 3), name="body")(maps)
-        maps = pixel_shuffle(Conv(FACTOR**2 * self.width, (3, 3), name="enlarge")(maps))
-        return (Conv(channels, (3, 3), name="tail")(maps) + mean) / LEVELS
+            maps = _Block(self.width, self.residual_scale, conv, name=f"block_{number}")(maps)
+        maps = head + conv(self.width, name="body")(maps)
+        maps = pixel_shuffle(conv(FACTOR**2 * self.width, name="enlarge")(maps))
+        colours = Conv(channels, (3, 3), name="tail")(maps.astype(jnp.float32))
+        return (colours + mean) / LEVELS
 
 
 class _Block(nn.Module):
     width: int
     residual_scale: float
+    conv: Callable[..., nn.Conv]
 
     @nn.compact
     def __call__(self, maps: Array) -> Array:
-        change = jax.nn.relu(Conv(self.width, (3, 3), name="first")(maps))
-        change = Conv(self.width, (3, 3), name="second")(change)
+        change = jax.nn.relu(self.conv(self.width, name="first")(maps))
+        change = self.conv(self.width, name="second")(change)
         return maps + self.residual_scale * change

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rain_jax.checks import UsageError
-from rain_jax.methods.upscaling import DOWN, psnr, random_crop, upscaling
+from rain_jax.methods.upscaling import DOWN, psnr, random_crop, random_turn, upscaling
 from rain_jax.models import upscalers
 from rain_jax.types import Batch, Upscaler
 
@@ -68,6 +68,30 @@ def test_every_crop_occurs_and_is_a_part_of_the_image():
         np.testing.assert_array_equal(crop, image[top : top + 3, left : left + 3])
 
 
+def test_every_quarter_turn_occurs_and_nothing_else():
+    image = jnp.arange(3 * 3 * 2, dtype=jnp.float32).reshape(3, 3, 2)
+    keys = jax.random.split(jax.random.key(0), 200)
+    turned = np.asarray(jax.vmap(lambda key: random_turn(key, image))(keys))
+    expected = [np.rot90(np.asarray(image), times) for times in range(4)]
+    found = [[i for i, one in enumerate(expected) if np.array_equal(one, t)] for t in turned]
+    assert all(len(which) == 1 for which in found)
+    assert np.bincount([which[0] for which in found], minlength=4).min() > 25
+
+
+def test_a_quarter_of_the_turned_images_stand_as_they_were():
+    corner = jnp.zeros((8, 8, 3)).at[0, 0].set(1.0)
+    fixed = Upscaler(lambda key, image: {"params": {}}, lambda variables, half: corner, 2)
+
+    def stood(**settings):
+        objective = upscaling(fixed, flip=False, **settings)
+        keys = jax.random.split(jax.random.key(0), 200)
+        losses = jax.vmap(lambda key: objective({}, {}, key, batch_of(corner[None]))[0])(keys)
+        return np.mean(np.asarray(losses) < 1e-6)
+
+    assert stood() == 1.0
+    assert 0.15 < stood(turn=True) < 0.35
+
+
 def test_psnr_by_hand():
     image = jnp.full((4, 4, 3), 0.5)
     np.testing.assert_allclose(psnr(image + 0.1, image), 20.0, atol=1e-3)
@@ -82,6 +106,7 @@ def test_psnr_by_hand():
         (dict(crop=7), "crop=7: expected an even number"),
         (dict(crop=0), "crop=0"),
         (dict(crop=8), r"crop=8: .* \(images are 6x8\)"),
+        (dict(turn=True), "turn=True: expected a square, got 6x8: set crop"),
     ],
 )
 def test_bad_settings_are_refused(settings, message, key):

@@ -50,7 +50,7 @@ def test_arguments_are_plain_annotated_values_with_defaults(name):
     for argument in inspect.signature(maker).parameters.values():
         assert argument.kind is argument.KEYWORD_ONLY
         assert argument.annotation is not argument.empty
-        assert isinstance(argument.default, int | float | tuple)
+        assert isinstance(argument.default, int | float | tuple | str)
 
 
 @ALL
@@ -68,6 +68,17 @@ def test_twice_the_size_in_float32_and_no_image_feels_another(name, channels):
     alone = jax.jit(upscaler.apply)
     for image, enlarged in zip(images, found, strict=True):
         np.testing.assert_allclose(alone(variables, image), enlarged, atol=1e-5)
+
+
+def test_bfloat16_is_inside_alone_and_moves_no_pixel_by_a_level():
+    narrow, wide = (upscalers.edsr(**SMALL["edsr"], dtype=d) for d in ("bfloat16", "float32"))
+    image = picture()
+    variables = narrow.init(jax.random.key(1), image)
+    jax.tree.map(np.testing.assert_array_equal, variables, wide.init(jax.random.key(1), image))
+    found, expected = (each.apply(variables, image) for each in (narrow, wide))
+    assert found.dtype == jnp.float32
+    difference = float(jnp.max(jnp.abs(found - expected)))
+    assert 0.0 < difference < 0.5 / 255
 
 
 def test_weights_and_images_share_one_forward_pass():
