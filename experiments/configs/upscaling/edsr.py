@@ -7,7 +7,10 @@
 
 "random_pick", the default, halves as RAIN does; "bicubic" is the task that super-resolution
 networks are compared by. The photographs are those of `edsr_small.py`, a small part of what the
-authors trained on, so that lengths and rates are ours. Not measured yet.
+authors trained on, so that lengths and rates are ours.
+
+Seed 0, one H200, on the 1,000 test photographs: "bicubic" 29.76 dB, where bicubic interpolation
+gives 26.20; "random_pick" 26.52 after 80 epochs, 23.55 (docs/gpu.md).
 """
 
 import ml_collections
