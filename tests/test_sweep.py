@@ -1,5 +1,6 @@
 """Sweeps: one program for all numbers, the verdicts of separate evaluations, and no work twice."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,45 @@ def test_the_report_shows_it(numbers):
     head, _, *lines = told.printed(record).splitlines()
     assert head.split() == ["steps", "2", "steps", "6"]
     assert len(lines) == 6
+
+
+def drawn_lines(monkeypatch, tmp_path, axes, accuracy):
+    """What the figure of a sweep draws: {label: (values, accuracies)} of its lines, and its x."""
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    names = list(axes)
+    cells = [
+        dict(zip(names, place, strict=True)) | {"interval_95": [0.0, 1.0]}
+        for place in itertools.product(*axes.values())
+    ]
+    cells = [cell | {"accuracy": accuracy(cell)} for cell in cells]
+    told.figure(tmp_path / "s.png", {"axes": axes, "cells": cells, "flagged": False})
+    (ax,) = figures[0].axes
+    found = {line.get_label(): line.get_data() for line in ax.get_lines()}
+    return found, ax.get_xlabel()
+
+
+def test_seeds_are_one_line_and_other_values_one_each(monkeypatch, tmp_path):
+    axes = {"radius": [0.2, 0.1], "seed": [0, 1, 2], "draws": [1, 8], "run": ["a", "b"]}
+
+    def accuracy(cell):
+        return 0.9 - cell["radius"] - 0.01 * cell["draws"] - 0.1 * (cell["run"] == "b") + (
+            0.03 * (cell["seed"] - 1)
+        )  # fmt: skip
+
+    found, label = drawn_lines(monkeypatch, tmp_path, axes, accuracy)
+    assert sorted(found) == [f"draws {d}, run {r}" for d in (1, 8) for r in "ab"]
+    values, means = found["draws 8, run b"]
+    np.testing.assert_allclose(values, [0.1, 0.2])
+    np.testing.assert_allclose(means, [62.0, 52.0])
+    assert label == "radius (mean of 3 seeds, their range shaded)"
+
+
+def test_lines_too_many_to_tell_apart_are_named_by_one_axis(monkeypatch, tmp_path):
+    axes = {"radius": [0.1, 0.2], "draws": [1, 8], "steps": list(range(6))}
+    found, label = drawn_lines(monkeypatch, tmp_path, axes, lambda cell: 0.5)
+    assert {name for name in found if not name.startswith("_")} == {"draws 1", "draws 8"}
+    assert label == "radius (95 % interval shaded)"
 
 
 @pytest.mark.parametrize(("values", "expected"), [

@@ -4,6 +4,8 @@ import json
 import signal
 
 import commands
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image as pillow
@@ -103,6 +105,25 @@ def test_the_configs_in_the_house_are_of_this_command(name, config):
     built = upscale.experiment(spec)
     assert built.upscaler.factor == 2
     assert steps.plan_of(built).per_epoch == 72 // 16
+
+
+@pytest.mark.parametrize("text", ["edsr.py", "edsr.py:bicubic"])
+def test_the_size_of_its_authors_builds_on_their_squares(text, tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (48, 96, 96, 3), np.uint8)
+    label = np.arange(48) % 2
+    np.savez(
+        tmp_path / "data.npz", train_image=image[:44], train_label=label[:44],
+        test_image=image[44:], test_label=label[44:],
+    )  # fmt: skip
+    spec = load_config(str(commands.ROOT / f"experiments/configs/upscaling/{text}"))
+    spec["data"] = {"name": f"arrays:{tmp_path / 'data.npz'}", "holdout": 8}
+    built = upscale.experiment(spec)
+    shapes = jax.eval_shape(
+        built.upscaler.init, jax.eval_shape(jax.random.key, 0), jnp.zeros((96, 96, 3))
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_369_859
+    assert built.config["method"]["down"] == (text.partition(":")[2] or "random_pick")
 
 
 def test_another_network_begins_with_its_own_settings(config):

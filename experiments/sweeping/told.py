@@ -1,5 +1,6 @@
 """What a sweep says: its accuracies, what stands against them, a table and curves."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from rain_jax import evaluation
 
 # Settings of an attack, by the ends of their keys, of which more never helps the model.
 STRONGER = ("radius", "steps", "draws", "restarts", "queries", "targets")
+# The axis whose values are drawn as one: nobody chooses among seeds.
+SEED = "seed"
+_COLOURS = 10  # of lines that can be told apart
 # Further apart than this, evenly multiplied values are drawn on a logarithmic axis.
 _WIDE = 8.0
 
@@ -118,8 +122,9 @@ def _short(value: Any) -> str:
 def figure(path: Path, record: Mapping[str, Any]) -> None:
     """Draws the accuracy over the first axis of numbers, a line for each of the other values.
 
-    What is shaded is the 95 % interval; dashed is the curve in which what broke at a smaller radius
-    is broken, where it is another one. Lines have the colour of their value on the second axis.
+    Seeds are one line, their mean, and what is shaded reaches from the least to the most of them;
+    of one seed it is the 95 % interval. Dashed is the curve in which what broke at a smaller radius
+    is broken, where it is another one.
     """
     import matplotlib
 
@@ -127,31 +132,36 @@ def figure(path: Path, record: Mapping[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     axes = record["axes"]
-    x = next((n for n, v in axes.items() if len(v) > 1 and not isinstance(v[0], str | bool)), None)
-    if x is None:
+    numbers = [n for n, v in axes.items() if len(v) > 1 and not isinstance(v[0], str | bool)]
+    if not numbers:
         return
-    others = [name for name, values in axes.items() if name != x and len(values) > 1]
+    x = numbers[0]
+    others = [name for name, values in axes.items() if name not in (x, SEED) and len(values) > 1]
+    if x != SEED and len(axes.get(SEED, ())) > 1:
+        shaded = f"mean of {len(axes[SEED])} seeds, their range shaded"
+    else:
+        shaded = "95 % interval shaded"
     drawn, ax = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
-    lines: dict[tuple[Any, ...], list[Any]] = {}
-    for cell in sorted(record["cells"], key=lambda cell: cell[x]):
-        lines.setdefault(tuple(cell[name] for name in others), []).append(cell)
-    labelled = set()
-    for place, some in lines.items():
-        colour = f"C{axes[others[0]].index(place[0]) % 10}" if others else "C0"
-        values = [cell[x] for cell in some]
-        label = f"{others[0]} {_short(place[0])}" if others else None
-        ax.plot(values, [100 * c["accuracy"] for c in some], marker=".", color=colour, lw=1,
-                label=None if label in labelled else label)  # fmt: skip
-        labelled.add(label)
-        low, high = np.array([cell["interval_95"] for cell in some]).T
-        ax.fill_between(values, 100 * low, 100 * high, color=colour, alpha=0.15 / len(lines) ** 0.5,
-                        lw=0)  # fmt: skip
-        shut = [cell.get("closed", cell)["accuracy"] for cell in some]
-        if any(abs(c["accuracy"] - other) > 1e-9 for c, other in zip(some, shut, strict=True)):
-            ax.plot(values, [100 * other for other in shut], color=colour, lw=1, ls="--")
+    for line, (place, some) in enumerate(lines(record["cells"], x, others).items()):
+        # Too many to tell apart have the colour of their value on the first axis.
+        many = math.prod(len(axes[name]) for name in others) > _COLOURS
+        colour = f"C{(axes[others[0]].index(place[0]) if many else line) % _COLOURS}"
+        named = list(zip(others, place, strict=True))[: 1 if many else None]
+        label = ", ".join(f"{name} {_short(value)}" for name, value in named)
+        values = sorted(some)
+        at = [some[value] for value in values]
+        told = [c.get_label() for c in ax.get_lines()]
+        mean = [100 * np.mean([cell["accuracy"] for cell in cells]) for cells in at]
+        ax.plot(values, mean, marker=".", color=colour, lw=1,
+                label=label if label not in told else None)  # fmt: skip
+        low, high = np.array([_reach(cells) for cells in at]).T
+        ax.fill_between(values, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
+        shut = [100 * np.mean([c.get("closed", c)["accuracy"] for c in cells]) for cells in at]
+        if not np.allclose(mean, shut, atol=1e-7):
+            ax.plot(values, shut, color=colour, lw=1, ls="--")
     if geometric(axes[x]):
         ax.set_xscale("log")
-    ax.set_xlabel(x)
+    ax.set_xlabel(f"{x} ({shaded})")
     ax.set_ylabel("accuracy, %")
     ax.set_ylim(0, 100)
     ax.grid(alpha=0.3)
@@ -161,6 +171,26 @@ def figure(path: Path, record: Mapping[str, Any]) -> None:
         ax.set_title("flagged: see the checks in sweep.json", fontsize=9, color="tab:red")
     drawn.savefig(path, dpi=130)
     plt.close(drawn)
+
+
+def lines(
+    cells: Sequence[Mapping[str, Any]], along: str, others: Sequence[str]
+) -> dict[tuple[Any, ...], dict[Any, list[Mapping[str, Any]]]]:
+    """The cells of each line, by their values on the other axes: {place on `along`: its seeds}."""
+    found: dict[tuple[Any, ...], dict[Any, list[Mapping[str, Any]]]] = {}
+    for cell in cells:
+        line = found.setdefault(tuple(cell[name] for name in others), {})
+        line.setdefault(cell[along], []).append(cell)
+    return found
+
+
+def _reach(cells: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """From the least to the most of several seeds, or the interval of the only one."""
+    if len(cells) == 1:
+        low, high = cells[0]["interval_95"]
+        return low, high
+    each = [cell["accuracy"] for cell in cells]
+    return min(each), max(each)
 
 
 def geometric(values: Sequence[float]) -> bool:
