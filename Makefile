@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m experiments.train --config=experiments/configs/quickstart.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .

@@ -67,11 +67,12 @@ def start(
 ) -> subprocess.Popen:
     """`python -m experiments.MODULE` on simulated devices; output goes to files in `folder`.
 
-    Into files and not pipes: a child that nobody reads must not wait, and what a killed one has
-    said must not be lost.
+    Compiled as users' are, whatever the tests' own programs are (`conftest`). Into files and not
+    pipes: a child that nobody reads must not wait, and what a killed one has said must not be lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+    own = "device_count", "optimization_level"
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not any(o in f for o in own)]
     environment = {
         **os.environ,
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),

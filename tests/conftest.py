@@ -1,13 +1,21 @@
 """Tests run strict: eight simulated devices, no rank promotion, a shared compilation cache."""
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first JAX call: eight devices on one CPU.
+# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, for
+# tests wait for the compiler and hardly for what it compiled. What XLA makes of a program is as
+# ever, and commands that tests start are compiled as users' are (`commands.start`).
 _FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+for _name, _value in {
+    "xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0,
+}.items():  # fmt: skip
+    if _name not in _FLAGS:
+        _FLAGS = f"{_FLAGS} --{_name}={_value}".strip()
+os.environ["XLA_FLAGS"] = _FLAGS
 # Through the environment, so that the commands which tests start share the cache too. Entries are
 # executable code, so the folder belongs to this user alone.
 _CACHE = Path(tempfile.gettempdir()) / f"rain_jax-test-cache-{os.getuid()}"
@@ -40,6 +48,14 @@ VERBOSITY = logging.get_verbosity()
 def verbosity() -> None:
     """Commands inside a test, or in a fixture before it, quiet the logs of the whole process."""
     logging.set_verbosity(VERBOSITY)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept() -> Iterator[None]:
+    """What JAX has traced and compiled stays: the collector need not walk through it ever again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
