@@ -384,7 +384,9 @@ def save_and_wait(checkpoints: Checkpoints, step: int, model: Any) -> None:
 
 
 # One write has failed and orbax has closed its event loop when TensorStore tells of another.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("room", [100_000, 10], ids=["for metadata only", "for nothing"])
 def test_a_full_disk_is_told_in_one_line_and_costs_no_checkpoint(tmp_path, room, caplog):
     model = {"x": jax.random.normal(jax.random.key(0), (100_000,))}

@@ -142,9 +142,9 @@ def figure(path: Path, record: Mapping[str, Any]) -> None:
     else:
         shaded = "95 % interval shaded"
     drawn, ax = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
+    # Too many to tell apart have the colour of their value on the first axis.
+    many = math.prod(len(axes[name]) for name in others) > _COLOURS
     for line, (place, some) in enumerate(lines(record["cells"], x, others).items()):
-        # Too many to tell apart have the colour of their value on the first axis.
-        many = math.prod(len(axes[name]) for name in others) > _COLOURS
         colour = f"C{(axes[others[0]].index(place[0]) if many else line) % _COLOURS}"
         named = list(zip(others, place, strict=True))[: 1 if many else None]
         label = ", ".join(f"{name} {_short(value)}" for name, value in named)

@@ -117,6 +117,7 @@ def test_an_image_does_not_feel_its_neighbours(name):
     for place in (0, 3, 63):
         alone = run(attack, 1, place)
         np.testing.assert_allclose(alone, together[place : place + 1], atol=1e-6)
+    np.testing.assert_allclose(run(attack, 7, 3), together[3:10], atol=1e-6)
 
 
 @ALL
