@@ -1,0 +1,29 @@
+"""RAT on CIFAR-10 at L-inf 8/255, from the natural row of `configs/methods/cifar10.py`.
+
+    python -m experiments.train --config=experiments/configs/methods/cifar10.py:natural \
+        --workdir=runs/methods/cifar10/natural_0
+    python -m experiments.rat --config=experiments/configs/rat/cifar10.py --workdir=runs/rat_cifar10
+
+Two rounds of two epochs, a budget for two CPU cores; evaluated as the rows are. Results: not
+measured yet.
+"""
+
+import ml_collections
+
+from experiments import rat
+from experiments.build import plain
+from experiments.configs.methods import cifar10
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The retraining, of the same network on the same data."""
+    sections = plain(cifar10.get_config("natural"))
+    sections.update(
+        start=dict(classifier="runs/methods/cifar10/natural_0"),
+        method=dict(name="rat"),
+        optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
+        schedule=dict(name="constant", peak=0.01),
+        average=None,
+        rat=dict(number=2, fraction=0.01),
+    )
+    return rat.config(**sections)
