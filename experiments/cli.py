@@ -97,7 +97,7 @@ def value_of(text: str) -> Any:
     return value if isinstance(value, str | int | float | list | tuple | dict | None) else text
 
 
-def _changes(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+def changes_of(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """`--config.KEY=VALUE`, `--config.KEY VALUE`, `--config.KEY` and `--noconfig.KEY`, as pairs.
 
     Keys are not looked up here: what a section may hold its maker says, with the nearest name.
@@ -198,7 +198,7 @@ def run(
             parser.add_argument(f"--{option}", help=text)
         parser.add_argument("--traceback", action="store_true", help="where a mistake was met")
         options, rest = parser.parse_known_args(argv[1:])
-        changes = _changes(rest)
+        changes = changes_of(rest)
         if options.config:
             config = load_config(options.config)
             if config_of is not None and options.workdir:
