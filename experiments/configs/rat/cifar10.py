@@ -4,7 +4,8 @@
         --workdir=runs/methods/cifar10/natural_0
     python -m experiments.rat --config=experiments/configs/rat/cifar10.py --workdir=runs/rat_cifar10
 
-Two rounds of two epochs, a budget for two CPU cores; evaluated as the rows are. Results: not
+Two rounds of two epochs and perturbations from 98 images, a budget for two CPU cores; evaluated as
+the rows are. Results: not
 measured yet.
 """
 
@@ -24,6 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
         optimiser=dict(name="sgd", momentum=0.9, weight_decay=5e-4),
         schedule=dict(name="constant", peak=0.01),
         average=None,
-        rat=dict(number=2, fraction=0.01),
+        rat=dict(number=2, fraction=0.002),
     )
     return rat.config(**sections)
