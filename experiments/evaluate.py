@@ -44,7 +44,10 @@ def evaluate(
     check_finite(variables, f"{folder} at step {step}")
     settings = experiment.evaluation
     probe = None
-    if experiment.ladder is None and settings.checks:
+    if experiment.ladder is not None:
+        # It has checks of its own, but those look at numbers, and not at how they came about.
+        sanity.refuse_mistakes(experiment, variables)
+    elif settings.checks:
         with Progress(f"{name}: checks", 1, unit="set") as bar:
             probe = sanity.look(experiment, variables)
             bar.advance(1)

@@ -15,8 +15,12 @@ from experiments import build
 from experiments.logs import provenance, write_json
 from experiments.measure import Column, Measured
 from experiments.proof import Check
+from experiments.schema import filled_member
 from rain_jax import evaluation, norms
+from rain_jax.attacks import suites
 
+# What a radius and a distance are measured in.
+UNIT = "pixels in [0, 1]"
 # Images are copied so many at a time.
 _PART = 1024
 
@@ -35,6 +39,7 @@ def write(folder: Path, record: dict[str, Any], measured: Measured, *, save_imag
         }.items()
     }  # fmt: skip
     arrays["broken_by"] = measured.broken_by
+    arrays["broken_at"] = broken_at(measured)
     arrays["columns"] = np.array(list(measured.columns))
     path, index = folder / "adversarial.npy", folder / "evaluation.json"
     # Whoever finds it may take the rest for granted, so it goes first and comes back last.
@@ -80,6 +85,7 @@ def described(
         "data_hash": measured.digest,
         "threat": {
             "norm": norms.name_of(experiment.threat.norm),
+            "unit": UNIT,
             "radius": radius,
             "radius_in_255": 255 * radius,
         },
@@ -111,8 +117,46 @@ def described(
         "draws": experiment.evaluation.draws,
         "eight_bit": experiment.evaluation.eight_bit,
         "condition": experiment.evaluation.condition,
+        "model_info": model_info(experiment, measured),
         "provenance": provenance(),
     }
+
+
+def model_info(experiment: build.Experiment, measured: Measured) -> dict[str, Any]:
+    """The fields of RobustBench's `ModelInfo`, accuracies in per cent; None where only people know.
+
+    `autoattack_acc` is there where all of AutoAttack ran, at its own budgets, and nothing beside
+    it: on how many images says the record. Common corruptions are another command's.
+    """
+    spec = experiment.config
+    evaluated = experiment.evaluation
+    suite = "rand" if experiment.network.random else "standard"
+    whole = evaluated.suite == filled_member(suites, {"name": suite}) and not evaluated.attacks
+    accuracy = {title: 100 * float(np.mean(share)) for title, share in measured.stands.items()}
+    return {
+        **dict.fromkeys(("link", "name", "authors", "venue", "reported", "footnote")),
+        "additional_data": spec["data"]["extra"] is not None,
+        # Of one answer: a member of an ensemble is a pass of its own.
+        "number_forward_passes": max(1, len(experiment.assembly.members)),
+        "dataset": experiment.splits.test.name.removeprefix("tfds:"),
+        "architecture": spec["network"]["name"],
+        "eps": float(experiment.threat.radius),
+        "clean_acc": accuracy["clean"],
+        "corruptions_acc": None,
+        "autoattack_acc": list(accuracy.values())[-1] if whole else None,
+    }
+
+
+def broken_at(measured: Measured) -> np.ndarray:
+    """How far from each image [N] lay what broke it first (`broken_by`); NaN where nothing did."""
+    found = np.full(len(measured.broken_by), np.nan, np.float32)
+    places = {int(index): n for n, index in enumerate(measured.columns["clean"].judgement.index)}
+    for number, column in enumerate(measured.columns.values()):
+        seen = column.judgement
+        rows = np.array([places[int(index)] for index in seen.index], int)
+        mine = measured.broken_by[rows] == number
+        found[rows[mine]] = seen.distance[mine]
+    return found
 
 
 def _told(column: Column) -> dict[str, Any]:

@@ -96,18 +96,34 @@ def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.max(np.abs(one - other), axis=1)
 
 
+def refuse_mistakes(experiment: build.Experiment, variables: PyTree) -> None:
+    """Asks the deployed model about a few test images, and refuses what `refuse` does."""
+    source, room = _looked_at(experiment)
+    batches = data.evaluation_batches(source, source.size)
+    images = np.concatenate([data.as_float(batch.image[batch.valid]) for batch in batches])
+    variables = jax.device_put(jax.tree.map(np.asarray, variables))
+    refuse(experiment.network, variables, images[: max(2, room)])
+
+
+def _looked_at(experiment: build.Experiment) -> tuple[data.Source, int]:
+    """The images that are looked at, and how many of them at once.
+
+    One device does it, and is shown as many as its share of a batch has.
+    """
+    settings = experiment.evaluation
+    most = _LOOKED_AT_RANDOM if experiment.network.random else _LOOKED_AT
+    source = data.first(experiment.splits.test, min(most, settings.images or most))
+    return source, max(1, settings.batch_size // len(choose_devices(experiment.parallel.devices)))
+
+
 def look(experiment: build.Experiment, variables: PyTree) -> Probe:
     """Attacks a few test images, briefly. Refuses what `refuse` does."""
+    refuse_mistakes(experiment, variables)
     settings, network, threat = experiment.evaluation, experiment.network, experiment.threat
-    most = _LOOKED_AT_RANDOM if network.random else _LOOKED_AT
-    source = data.first(experiment.splits.test, min(most, settings.images or most))
+    source, room = _looked_at(experiment)
     variables = jax.device_put(jax.tree.map(np.asarray, variables))
     draws = _DRAWS if network.random else 1
-    # One device does it, and is shown as many images at once as its share of a batch has.
-    room = max(1, settings.batch_size // len(choose_devices(experiment.parallel.devices)))
     batches = list(data.evaluation_batches(source, min(source.size, max(1, room // draws))))
-    images = np.concatenate([data.as_float(batch.image[batch.valid]) for batch in batches])
-    refuse(network, variables, images[: max(2, room)])
 
     estimator = eot(draws) if network.random else exact()
     radii = _radii(threat, source.shape)
@@ -152,10 +168,14 @@ def look(experiment: build.Experiment, variables: PyTree) -> Probe:
 
 def _radii(threat: Threat, shape: tuple[int, ...]) -> tuple[float, ...]:
     """The threat's own, twice that, and the one within which every image can be made grey."""
-    radius = float(threat.radius)
-    far = (threat.high - threat.low) / 2 * math.prod(shape) ** (1 / threat.norm.order)
+    radius, far = float(threat.radius), far_radius(threat, shape)
     nearer = tuple(dict.fromkeys(r for r in (radius, 2 * radius) if r < far))
     return (*nearer, far) if nearer else (radius,)
+
+
+def far_radius(threat: Threat, shape: tuple[int, ...]) -> float:
+    """The distance within which every image of that shape can be made grey."""
+    return (threat.high - threat.low) / 2 * math.prod(shape) ** (1 / threat.norm.order)
 
 
 def flags(experiment: build.Experiment, measured: measure.Measured, probe: Probe) -> list[Check]:
@@ -205,6 +225,13 @@ def _of_the_rules(experiment: build.Experiment) -> list[Check]:
             float(threat.radius) == 0 or float(threat.radius) > rounding[norm],
             f"{float(threat.radius):.3g} in {norm}, rounding moves images by {rounding[norm]:.3g}",
         ))  # fmt: skip
+    far = far_radius(threat, experiment.splits.test.shape)
+    found.append(Check(
+        "no image is as good as any other",
+        float(threat.radius) < far,
+        f"within {far:.4g} every image can be made grey, the radius is {float(threat.radius):.4g}: "
+        "of pixels in [0, 255]?",
+    ))  # fmt: skip
     if experiment.network.random:
         draws = experiment.evaluation.draws or 1
         found.append(Check("a random model is judged by several draws", draws > 1, f"by {draws}"))

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import commands
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import build, defended, evaluate, looks, measure
-from rain_jax import evaluation
+from experiments.record import model_info
+from rain_jax import data, evaluation
 
 
 def experiment_of(tmp_path: Path, **settings):
@@ -71,6 +73,77 @@ def test_columns_are_independent_without_a_cascade(tmp_path, variables):
     assert list(row.columns) == ["clean", "noise", "fgsm", "pgd40", "worst case"]
     assert [a["attacked"] for a in record["attacks"].values()] == [83] * 3
     assert row.columns["worst case"].hits <= min(a["right"] for a in record["attacks"].values())
+
+
+def test_the_first_breaker_its_distance_and_the_passes_are_those_counted_by_hand(
+    tmp_path, variables
+):
+    noise = {"attacks.noise": dict(name="noise"), "attacks.fgsm": dict(name="fgsm")}
+    _, _, record, verdicts = told(tmp_path, variables, **noise)
+    titles = ["clean", "noise", "fgsm", "pgd40"]
+    for image in range(83):
+        wrong = [t for t in titles if not verdicts[f"{t}/right"][image]]
+        number = titles.index(wrong[0]) if wrong else -1
+        assert verdicts["broken_by"][image] == number
+        distance = verdicts[f"{wrong[0]}/distance"][image] if wrong else np.nan
+        np.testing.assert_equal(verdicts["broken_at"][image], distance)
+    counts = [int(np.sum(verdicts["broken_by"] == number)) for number in range(4)]
+    assert list(record["broken_by"].values()) == counts
+    assert sum(counts[1:]) > 5
+    # One gradient at the image, one look at where it ended, and the judge's.
+    fgsm = record["attacks"]["fgsm"]
+    assert (fgsm["forward_passes"], fgsm["backward_passes"]) == (3 * 83, 83)
+    climbed = record["attacks"]["pgd40"]
+    assert climbed["backward_passes"] == round(83 * climbed["mean_steps"])
+
+
+def test_the_hash_of_the_data_knows_each_pixel(tmp_path, variables):
+    settings = {"attacks.pgd40": dict(name="noise"), "images": 16, "checks": False}
+    experiment = experiment_of(tmp_path, **settings)
+    splits = experiment.splits
+    images, labels = (
+        np.stack(some) for some in zip(*map(splits.test.read, range(16)), strict=True)
+    )
+
+    def of(images):
+        test = data.from_arrays(images, labels, name=splits.test.name, classes=10)
+        return experiment._replace(splits=splits._replace(test=test))
+
+    other = images.copy()
+    other[15, 7, 7] = 1 - other[15, 7, 7]
+    hashes = [
+        measure.measure(e, variables, "x").digest for e in (experiment, of(images), of(other))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_record_has_the_fields_of_robustbench(tmp_path, variables):
+    _, _, record, _ = told(tmp_path, variables, checks=False)
+    # Of `robustbench.utils.ModelInfo`, version 1.1.
+    assert set(record["model_info"]) == {
+        "link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue",
+        "architecture", "eps", "clean_acc", "reported", "corruptions_acc", "autoattack_acc",
+        "footnote",
+    }  # fmt: skip
+    info = record["model_info"]
+    assert info["clean_acc"] == pytest.approx(100 * record["clean"]["accuracy"])
+    assert (info["dataset"], info["architecture"], info["eps"]) == ("digits", "cnn", 0.1)
+    assert info["additional_data"] is False
+    assert info["autoattack_acc"] is None  # a PGD is none
+
+
+@pytest.mark.parametrize(
+    ("suite", "attacks", "told_"),
+    [("standard", None, 20.0), (dict(name="standard", queries=100), None, None),
+     ("standard", dict(name="noise"), None), ("plus", None, None)],
+)  # fmt: skip
+def test_autoattack_is_all_of_it_at_its_own_budgets(tmp_path, suite, attacks, told_):
+    experiment = experiment_of(tmp_path, **{"suite": suite, "attacks.pgd40": attacks})
+
+    class Measured:
+        stands: ClassVar = {"clean": np.ones(5, bool), "+ square": np.arange(5) < 1}
+
+    assert model_info(experiment, Measured())["autoattack_acc"] == told_  # type: ignore[arg-type]
 
 
 def test_verdicts_of_a_cascade_are_those_of_independent_columns(tmp_path, variables):

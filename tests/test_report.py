@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import report
-from experiments.pages import contents, images, load, tables
+from experiments.pages import contents, figures, images, load, tables
 from experiments.pages.tables import Percent, Table
+from experiments.sweeping.told import printed
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import Proportion
 
@@ -177,8 +178,8 @@ def test_every_exhibit_lies_beside_the_page_in_four_kinds(written):
     assert {path.stem for path in out.glob("*.tex")} == every
     assert every - drawn == {"results"}  # of one run its figure is that of the attacks
     safe = "a-b--_50-"
-    wanted = {"attacks", "radius", f"budget-{safe}", "learning", f"gallery-{safe}",
-              f"spectra-{safe}", f"confusion-{safe}", "cost"}  # fmt: skip
+    wanted = {"attacks", "radius", f"budget-{safe}", f"budget-{safe}-draws", "learning",
+              f"gallery-{safe}", f"spectra-{safe}", f"confusion-{safe}", "cost"}  # fmt: skip
     assert drawn == wanted
     for path in out.glob("*.svg"):
         assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE.*?>|<metadata>.*?</metadata>',
@@ -405,6 +406,79 @@ def test_a_withheld_number_is_not_shown_and_a_flagged_one_is_marked(tmp_path):
     assert "pgd: 2 images broke the rules" in table.notes[1]
     # Nor does the figure draw it.
     assert "withheld" in tables.as_csv(table)
+
+
+def test_a_flag_stands_beside_every_number_it_is_about_in_every_face(tmp_path):
+    checks = [{"name": "far falls", "passed": False, "told": "9 % left"}]
+    sound, flagged = record_of(), {**record_of(), "checks": checks}
+    found = shown(write_run(tmp_path / "a", sound), write_run(tmp_path / "b", flagged))
+    lines = csv.DictReader(io.StringIO(tables.as_csv(found["attacks"].table)))
+    marks = {line["attack"]: line["b mark"] for line in lines}
+    assert "!" not in marks["clean"]
+    assert all("!" in marks[title] for title in ("+ square", "pgd"))
+    assert "a mark" not in lines.fieldnames or "!" not in str([line["a mark"] for line in lines])
+    (one, other) = csv.DictReader(io.StringIO(tables.as_csv(found["results"].table)))
+    assert (one["worst case mark"], other["worst case mark"]) == ("", "†")
+    radii = csv.DictReader(io.StringIO(tables.as_csv(found["radius"].table)))
+    assert {(line["run"], line["accuracy mark"]) for line in radii} == {("a", ""), ("b", "!")}
+    for name in "attacks", "results", "radius":
+        assert any("b: fails: far falls" in note for note in found[name].table.notes)
+        shown_ = [x for x in tables.as_latex(found[name].table).splitlines() if x[:1] != "%"]
+        assert any("far falls" in line for line in shown_)
+
+
+def sweep_of(passed=True):
+    """Three radii, two seeds, two draws; more draws and larger radii leave less."""
+    cells = [
+        {"radius": radius, "seed": seed, "draws": draws, "run": "r",
+         **counted(round(90 - 200 * radius - 5 * draws + seed), 100), "clean": counted(95, 100)}
+        for radius in (0.1, 0.2, 0.3) for seed in (0, 1) for draws in (1, 4)
+    ]  # fmt: skip
+    checks = [{"name": "more radius does not weaken", "passed": passed, "told": "50 % at 0.3"}]
+    return {"cells": cells, "checks": checks, "flagged": not passed}
+
+
+def test_a_sweep_is_drawn_over_its_radii_and_over_its_draws(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "plotted", lambda lines, x, y, marked=None: drawn.setdefault(x, lines)
+    )
+    found = shown(write_run(tmp_path / "a", record_of(), sweep=sweep_of()))
+    assert {"sweep-a", "sweep-a-draws"} <= set(found)
+    over = drawn["radius"]
+    # Seeds are one line, and what does not vary is not told.
+    assert [line.label for line in over] == ["draws 1", "draws 4"]
+    assert over[0].x == [0.1, 0.2, 0.3]
+    assert over[0].y == pytest.approx([65.5, 45.5, 25.5])
+    assert (over[0].low, over[0].high) == ((65.0, 45.0, 25.0), (66.0, 46.0, 26.0))
+    assert [line.label for line in drawn["draws"]] == ["radius 0.1", "radius 0.2", "radius 0.3"]
+    assert drawn["draws"][2].y == pytest.approx([25.5, 10.5])
+    assert not found["sweep-a"].table.notes
+
+
+def test_lines_too_many_to_be_told_apart_are_in_the_table_alone(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "plotted", lambda lines, x, y, marked=None: drawn.setdefault(x, lines)
+    )
+    cells = [
+        {"radius": r / 100, "draws": d, **counted(90 - r, 100)} for r in range(16) for d in (1, 2)
+    ]
+    found = shown(write_run(tmp_path / "a", record_of(), sweep={"cells": cells}))
+    labels = [line.label for line in drawn["draws"]]
+    assert len(set(labels)) == len(figures.SERIES)
+    assert (labels[0], labels[-1]) == ("radius 0", "radius 0.15")
+    assert "8 more lines are in the table" in found["sweep-a-draws"].caption
+
+
+def test_a_flagged_sweep_is_marked_on_the_page_and_where_it_is_printed(tmp_path):
+    record = sweep_of(passed=False)
+    table = shown(write_run(tmp_path / "a", record_of(), sweep=record))["sweep-a"].table
+    assert all(row[-1].mark == "!" for row in table.rows)
+    assert "50 % at 0.3" in table.notes[0]
+    axes = {"axes": {"radius": [0.1, 0.2, 0.3], "draws": [1, 4], "seed": [0, 1]}}
+    assert printed({**record, **axes}).count(" !") == 12
+    assert " !" not in printed({**sweep_of(), **axes})
 
 
 def test_a_run_that_was_not_attacked_has_no_worst_case(tmp_path):

@@ -168,8 +168,10 @@ def test_a_model_in_training_mode_is_refused(experiment_of):
         sanity.refuse(network._replace(apply=training), variables, IMAGES)
 
 
-def test_a_refusal_comes_before_anything_is_measured(experiment_of, tmp_path):
-    experiment = experiment_of(lambda key, image: jax.nn.softmax(sound(key, image)))
+@pytest.mark.parametrize("changes", [(), [("evaluation.ladder", dict(steps=2, restarts=1))]])
+def test_a_refusal_comes_before_anything_is_measured(experiment_of, tmp_path, changes):
+    experiment = experiment_of(lambda key, image: jax.nn.softmax(sound(key, image)), *changes)
+    assert (experiment.ladder is None) == (not changes)
     with pytest.raises(UsageError, match="probabilities"):
         told(experiment, tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
@@ -382,6 +384,17 @@ def test_a_radius_that_rounding_exceeds_is_flagged(experiment_of, norm, radius, 
     experiment = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius))
     found = failing(c._asdict() for c in sanity._of_the_rules(experiment))
     assert found == ({"the radius is more than rounding to 8 bits"} if flagged else set())
+
+
+@pytest.mark.parametrize(
+    ("norm", "radius", "flagged"),
+    [("linf", 0.3, False), ("linf", 0.5, True), ("l2", 0.5, False), ("l2", 127.5, True),
+     ("l1", 12.0, False), ("l1", 3060.0, True)],
+)  # fmt: skip
+def test_a_radius_of_levels_in_other_norms_is_flagged(experiment_of, norm, radius, flagged):
+    experiment = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius))
+    found = failing(c._asdict() for c in sanity._of_the_rules(experiment))
+    assert found == ({"no image is as good as any other"} if flagged else set())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from experiments.pages.tables import Cell, Percent, Table
 def headline(group: Group, place: int) -> Exhibit:
     """Clean and worst-case accuracy, a line for each run."""
     rows: list[tuple[Cell, ...]] = []
-    notes = []
     for run in group.runs:
         record = run.evaluation or {}
         worst: Cell = None
@@ -23,8 +22,6 @@ def headline(group: Group, place: int) -> Exhibit:
             worst = Percent.of(run.worst, "†" if run.flags else "")
         elif "worst_case" in record:
             worst = "withheld †"
-        if run.flags:
-            notes.append(f"† {run.name}: {'; '.join(run.flags)}.")
         titles = list(record["attacks"])
         shown = ", ".join(titles) if len(titles) <= 6 else f"{len(titles)}, listed below"
         shown = shown or "none"
@@ -34,7 +31,8 @@ def headline(group: Group, place: int) -> Exhibit:
         )  # fmt: skip
     headers = ("run", "method", "clean, %", "worst case, %", "attacks", "draws", "8 bit")
     return Exhibit(
-        numbered("results", place), group.title, "", Table(headers, rows, tuple(notes)),
+        numbered("results", place), group.title, "",
+        Table(headers, rows, tuple(flagged(group, "†"))),
         leading=True,
         draw=None if len(group.runs) == 1 else figures.dots(
             [run.name for run in group.runs],
@@ -45,6 +43,11 @@ def headline(group: Group, place: int) -> Exhibit:
         ),
         size=(7.0, 1.3 + 0.45 * len(group.runs)),
     )  # fmt: skip
+
+
+def flagged(group: Group, mark: str) -> list[str]:
+    """What the records of the runs hold against their numbers, a note each."""
+    return [f"{mark} {run.name}: {'; '.join(run.flags)}." for run in group.runs if run.flags]
 
 
 def _range(row: Record | None) -> tuple[float, float, float] | None:
@@ -75,10 +78,16 @@ def under_attack(group: Group, place: int) -> Exhibit:
         if any(one != settings[0] for one in settings):
             notes.append(f"‡ {title} has not the same settings in all runs.")
             mark += "‡"
-        cells = [None if row is None else Percent.of(row, mark) for row in held]
+        cells = [
+            None if row is None
+            # A clean accuracy hangs on no attack.
+            else Percent.of(row, mark + ("!" if run.flags and title != "clean" else ""))
+            for run, row in zip(group.runs, held, strict=True)
+        ]  # fmt: skip
         rows.append((title, ", ".join(ways) or None, *cells))
     if any(isinstance(cell, Percent) and "†" in cell.mark for row in rows for cell in row):
         notes.insert(0, "† goes further than the radius: a check, and no part of the worst case.")
+    notes += flagged(group, "!")
     headers = ("attack", "through", *(run.name for run in group.runs))
     caption = "“Through” is the form of the model, or the other run, whose gradients were followed."
     if not any(row[1] for row in rows):
@@ -100,18 +109,19 @@ def against_radius(group: Group, place: int) -> Iterator[Exhibit]:
         for title, row in ((run.evaluation or {}).get("distances") or {}).items():
             lines.append(
                 Line(
-                    f"{run.name}, {title}", row["radius"], [100 * float(a) for a in row["accuracy"]]
+                    f"{run.name}, {title}" + (" (flagged)" if run.flags else ""),
+                    row["radius"], [100 * float(a) for a in row["accuracy"]],
                 )
-            )
+            )  # fmt: skip
             rows += [
-                (run.name, title, r, Percent(a))
+                (run.name, title, r, Percent(a, mark="!" if run.flags else ""))
                 for r, a in zip(row["radius"], row["accuracy"], strict=True)
             ]
     if lines:
         radius = float((group.runs[0].evaluation or {})["threat"]["radius"])
         yield Exhibit(
             numbered("radius", place), group.title, "The dotted line is the radius of the threat.",
-            Table(("run", "attack", "radius", "accuracy, %"), rows),
+            Table(("run", "attack", "radius", "accuracy, %"), rows, tuple(flagged(group, "!"))),
             figures.plotted(lines, "radius, of pixels in [0, 1]", "accuracy, %", radius),
         )  # fmt: skip
 

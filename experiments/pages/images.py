@@ -97,7 +97,7 @@ def _frequencies(run: Run, study: Record) -> Iterator[Exhibit]:
     ]
     title = f"{run.name}: classifier alone, low frequencies only"
     caption = "Cutoffs are shares of the highest frequency on each axis."
-    yield swept(f"low-pass-{safe(run.name)}", title, caption, cells, ("cutoff",))
+    yield from swept(f"low-pass-{safe(run.name)}", title, caption, cells, ("cutoff",))
 
 
 def _statistics(run: Run) -> Exhibit:

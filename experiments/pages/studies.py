@@ -9,29 +9,39 @@ from experiments.pages import figures
 from experiments.pages.exhibit import Exhibit, numbered, reading, safe
 from experiments.pages.figures import Line
 from experiments.pages.load import Record, Run
-from experiments.pages.tables import Cell, Percent, Table
+from experiments.pages.tables import Cell, Percent, Table, plain
 
 # Over what a study's accuracies are drawn, by the first of these that varies.
 AXES = ("radius", "severity", "steps", "draws")
 
 
+SEED = "seed"
 # What stands beside an accuracy and is not what was varied.
 _BESIDE = {"accuracy", "right", "of", "images", "seconds", "step"}
 
 
 def against_budget(run: Run) -> Iterator[Exhibit]:
-    """The sweep of a ladder."""
+    """The sweep of a ladder, over its steps and over its draws."""
     sweep = (run.evaluation or {}).get("ladder", {}).get("sweep")
     if sweep:
-        yield swept(f"budget-{safe(run.name)}", run.name, "On the images that the sweep "
-                    "looked at; it records no intervals.", sweep, ("steps", "draws"))  # fmt: skip
+        caption = "On the images that the sweep looked at; it records no intervals."
+        yield from swept(f"budget-{safe(run.name)}", run.name, caption, sweep, ("steps", "draws"))
 
 
 def swept(
-    slug: str, title: str, caption: str, cells: list[Record], axes: Sequence[str] = AXES
-) -> Exhibit:
-    """Accuracies over whatever was varied: along `axes` where they are numbers, else in lines."""
-    varied = list(
+    slug: str,
+    title: str,
+    caption: str,
+    cells: list[Record],
+    axes: Sequence[str] = AXES,
+    flags: Sequence[str] = (),
+) -> Iterator[Exhibit]:
+    """Accuracies over whatever was varied: along `axes` where they are numbers, else in lines.
+
+    Over draws there is a figure of its own, where another axis varies, too: whether gradients were
+    averaged enough is a question by itself. `flags` are what its own record holds against it.
+    """
+    held = list(
         dict.fromkeys(
             key
             for cell in cells
@@ -39,33 +49,66 @@ def swept(
             if key not in _BESIDE and not isinstance(value, list | dict)
         )
     )
+    mark = "!" if flags else ""
     rows: list[tuple[Cell, ...]] = [
-        (*(cell.get(key) for key in varied), Percent.of(cell)) for cell in cells
+        (*(cell.get(key) for key in held), Percent.of(cell, mark)) for cell in cells
     ]
-    table = Table((*varied, "accuracy, %"), rows)
-    numbers = (
+    table = Table((*held, "accuracy, %"), rows, tuple(f"! {flag}" for flag in flags))
+    varied = [key for key in held if len({cell.get(key) for cell in cells}) > 1]
+    numbers = [
         axis for axis in axes
-        if all(isinstance(cell.get(axis), int | float) for cell in cells)
-        and len({cell[axis] for cell in cells}) > 1
-    )  # fmt: skip
-    x = next(numbers, None)
-    if x is None:
-        return Exhibit(slug, title, caption, table, leading=True)
-    held: dict[str, list[Record]] = {}
+        if axis in varied and all(isinstance(cell.get(axis), int | float) for cell in cells)
+    ]  # fmt: skip
+    if not numbers:
+        yield Exhibit(slug, title, caption, table, leading=True)
+    for x in [*numbers[:1], *(["draws"] if "draws" in numbers[1:] else [])]:
+        first = x == numbers[0]
+        lines, left = _lines(cells, x, [key for key in varied if key != x])
+        told = [caption, "Bands are the range of the seeds." if _seeds(varied, x) else "",
+                f"{left} more lines are in the table." if left else ""]  # fmt: skip
+        yield Exhibit(
+            slug if first else f"{slug}-{x}", title if first else f"{title}, over {x}",
+            " ".join(filter(None, told)), table, figures.plotted(lines, x, "accuracy, %"),
+            (7.0, 3.2 + 0.08 * len(lines)),
+        )  # fmt: skip
+
+
+def _seeds(varied: Sequence[str], x: str) -> bool:
+    """Whether seeds are joined into one line: nobody chooses among them."""
+    return SEED in varied and x != SEED
+
+
+def _lines(cells: list[Record], x: str, others: list[str]) -> tuple[list[Line], int]:
+    """A line over `x` for each combination of the others; and how many were too many to draw."""
+    seeds = _seeds(others, x)
+    held: dict[tuple[Any, ...], dict[float, list[Record]]] = {}
+    named = [key for key in others if not (seeds and key == SEED)]
     for cell in cells:
-        rest = [f"{key} {cell.get(key)}" for key in varied if key != x]
-        held.setdefault(", ".join(rest) or "accuracy", []).append(cell)
+        line = held.setdefault(tuple(cell.get(key) for key in named), {})
+        line.setdefault(float(cell[x]), []).append(cell)
+    places = list(held)
+    if len(places) > len(figures.SERIES):
+        # As many as can be told apart, evenly spread.
+        kept = np.linspace(0, len(places) - 1, len(figures.SERIES)).round().astype(int)
+        places = [places[number] for number in kept]
     lines = []
-    for label, some in held.items():
-        some = sorted(some, key=lambda cell: float(cell[x]))
-        ends = [cell.get("interval_95") for cell in some]
-        low, high = (
-            ([100 * e[0] for e in ends], [100 * e[1] for e in ends]) if all(ends) else (None, None)  # type: ignore[index]
-        )
-        accuracy = [100 * float(cell["accuracy"]) for cell in some]
-        lines.append(Line(label, [float(cell[x]) for cell in some], accuracy, low, high))
-    return Exhibit(slug, title, caption, table, figures.plotted(lines, x, "accuracy, %"),
-                   (7.0, 3.2 + 0.08 * len(lines)))  # fmt: skip
+    for place in places:
+        some = sorted(held[place].items())
+        ends = [_reach(there, seeds) for _, there in some]
+        low, high = zip(*ends, strict=True) if all(ends) else (None, None)
+        label = ", ".join(f"{k} {plain(v)}" for k, v in zip(named, place, strict=True))
+        accuracy = [100 * float(np.mean([cell["accuracy"] for cell in there])) for _, there in some]
+        lines.append(Line(label or "accuracy", [value for value, _ in some], accuracy, low, high))
+    return lines, len(held) - len(places)
+
+
+def _reach(there: list[Record], seeds: bool) -> tuple[float, float] | None:
+    """From the least to the most of the seeds, or a single cell's interval where it has one."""
+    if seeds:
+        each = [100 * float(cell["accuracy"]) for cell in there]
+        return min(each), max(each)
+    ends = there[-1].get("interval_95")
+    return (100 * ends[0], 100 * ends[1]) if ends else None
 
 
 def cells_of(value: Any, names: tuple[str, ...] = ()) -> Iterator[Record]:
@@ -99,11 +142,13 @@ def _studied(run: Run, name: str, record: Record) -> Iterator[Exhibit]:
             f"Certified accuracy in L2 by randomised smoothing, {record['draws']:,} draws, each "
             f"certificate wrong with a chance of {record['alpha']:g} at most."
         )
-        yield swept(slug, title, caption, cells)
+        yield from swept(slug, title, caption, cells)
     elif cells := list(cells_of(record)):
         if len({cell.get("where") for cell in cells}) == 1:
             cells = [{k: value for k, value in cell.items() if k != "where"} for cell in cells]
-        yield swept(slug, title, f"All accuracies in {name}.json.", cells)
+        failed = [check for check in record.get("checks", []) if not check["passed"]]
+        flags = [f"fails: {check['name']} ({check['told']})" for check in failed]
+        yield from swept(slug, title, f"All accuracies in {name}.json.", cells, flags=flags)
 
 
 def corrupted(slug: str, title: str, record: Record) -> Iterator[Exhibit]:

@@ -108,23 +108,28 @@ def as_html(table: Table) -> Html:
 
 
 def _spread(table: Table) -> Iterator[list[Any]]:
-    """Header and rows with intervals in columns of their own, numbers as they were recorded."""
-    ranged = [
-        any(isinstance(row[i], Percent) and row[i].low is not None for row in table.rows)  # type: ignore[union-attr]
+    """Header and rows with intervals and marks in columns of their own, numbers as recorded."""
+    columns = [
+        [row[i] for row in table.rows if isinstance(row[i], Percent)]
         for i in range(len(table.headers))
     ]
+    ranged = [any(one.low is not None for one in column) for column in columns]  # type: ignore[union-attr]
+    marked = [any(one.mark for one in column) for column in columns]  # type: ignore[union-attr]
 
     def wide(values: Sequence[Cell], header: bool) -> list[Any]:
         line: list[Any] = []
-        for value, both in zip(values, ranged, strict=True):
+        for value, both, noted in zip(values, ranged, marked, strict=True):
             one = value if isinstance(value, Percent) else None
             # In the file accuracies are not per cent, and their headers do not say so.
             value = value.removesuffix(", %") if header and isinstance(value, str) else value
             line.append(one.value if one else "" if value is None else value)
-            if both and header:
-                line += [f"{value} low", f"{value} high"]
-            elif both:
-                line += [one.low, one.high] if one else ["", ""]
+            if both:
+                line += (
+                    [f"{value} low", f"{value} high"] if header
+                    else [one.low, one.high] if one else ["", ""]
+                )  # fmt: skip
+            if noted:
+                line.append(f"{value} mark" if header else one.mark if one else "")
         return line
 
     yield wide(table.headers, True)
@@ -132,7 +137,10 @@ def _spread(table: Table) -> Iterator[list[Any]]:
 
 
 def as_csv(table: Table) -> str:
-    """Every number in full, accuracies in [0, 1], intervals as `NAME low` and `NAME high`."""
+    """Every number in full, accuracies in [0, 1], intervals as `NAME low` and `NAME high`.
+
+    What points to a note stands in `NAME mark`, where any row of the column has such a thing.
+    """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(_spread(table))
     return text.getvalue()
@@ -152,7 +160,7 @@ def escaped(text: str) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A `tabular` with the rules of the package booktabs; notes as comments."""
+    """A `tabular` with the rules of the package booktabs, its notes below the last rule."""
     numeric = [any(_numeric(row[i]) for row in table.rows) for i in range(len(table.headers))]
 
     def cell(value: Cell) -> str:
@@ -164,13 +172,17 @@ def as_latex(table: Table) -> str:
 
     lines = [
         r"% \usepackage{booktabs}; accuracies in per cent, 95 % intervals in brackets",
-        *(f"% {' '.join(note.split())}" for note in table.notes),
         rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}",
         r"\toprule",
         " & ".join(map(escaped, table.headers)) + r" \\",
         r"\midrule",
         *(" & ".join(map(cell, row)) + r" \\" for row in table.rows),
         r"\bottomrule",
+        *(
+            rf"\multicolumn{{{len(numeric)}}}{{p{{\linewidth}}}}{{\footnotesize "
+            rf"{escaped(' '.join(note.split()))}}} \\"
+            for note in table.notes
+        ),
         r"\end{tabular}",
     ]
     return "\n".join(lines) + "\n"

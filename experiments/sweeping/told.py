@@ -94,7 +94,11 @@ def checks(
 
 
 def printed(record: Mapping[str, Any]) -> str:
-    """The accuracies: the first axis down, the second across, the others beside the first."""
+    """The accuracies: the first axis down, the second across, the others beside the first.
+
+    Each has a mark where a check of the sweep did not pass.
+    """
+    mark = " !" if record["flagged"] else ""
     axes = record["axes"]
     first, *others = sorted(axes, key=lambda name: len(axes[name]) < 2)
     across = others[0] if others and len(axes[others[0]]) > 1 else None
@@ -103,7 +107,7 @@ def printed(record: Mapping[str, Any]) -> str:
     for cell in record["cells"]:
         value = evaluation.Proportion(cell["right"], cell["of"])
         place = (*(cell[name] for name in rest), cell[first])
-        lines.setdefault(place, {})[cell.get(across)] = percent(value)
+        lines.setdefault(place, {})[cell.get(across)] = percent(value) + mark
     columns = axes[across] if across else [None]
     heads = [f"{across} {_short(value)}" for value in columns] if across else ["accuracy"]
     body = [
