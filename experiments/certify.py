@@ -11,7 +11,6 @@ Then certify.json holds what is proven about each image, and certify.png the cur
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ from experiments import build, cache, workdir
 from experiments.cli import run
 from experiments.defended import UNDEFENDED, logits_fn_of
 from experiments.journal import digest_of, sample_of
+from experiments.lines import append, read
 from experiments.loading import check_finite, load
 from experiments.logs import Progress, provenance, table, write_json
 from experiments.measure import key_of
@@ -127,33 +127,20 @@ def identity(
 
 
 def begun(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The blocks that are done; half a line, which a kill left behind, is cut off.
+    """The blocks that are done, behind a line that says what they are of; it is written here.
 
     Raises `UsageError` where they are of another certification.
     """
-    if not path.exists():
+    held = read(path)
+    if not held:
+        append(path, {"of": wanted})
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if jax.process_index() == 0 and len(whole) < len(text):
-        os.truncate(path, len(whole))
-    try:
-        first, *blocks = [json.loads(line) for line in whole.splitlines()] or [{"of": wanted}]
-        held = first["of"]
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path}: expected what this command writes; remove the file") from None
-    for line in workdir.differences(held, wanted):
+    first, *blocks = held
+    if "of" not in first:
+        raise UsageError(f"{path}: expected what this command writes; remove the file")
+    for line in workdir.differences(first["of"], wanted):
         raise UsageError(f"{path} holds another certification: {line}; expected it out of the way")
     return blocks
-
-
-def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line to the file, on disk when this returns; by process 0 alone."""
-    if jax.process_index() == 0:
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def measure(
@@ -310,8 +297,6 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     check_finite(variables, f"{folder} at step {step}")
     told, path = identity(asked, experiment, variables, step), folder / "certify.jsonl"
     done = begun(path, told)
-    if not path.exists() or not path.stat().st_size:
-        append(path, {"of": told})
     found = measure(asked, through, experiment, variables, path, done)
     if jax.process_index() != 0:
         return

@@ -7,11 +7,14 @@
 
 Hendrycks & Dietterich, arXiv:1903.12261. Writes corruptions.json and corruptions.png into the run's
 folder, and prints a table: per cent right, and against a baseline the mean corruption errors. The
-corrupted images follow from the seed and from an image's place in the data set alone.
+corrupted images follow from the seed and from an image's place in the data set alone. Meanwhile
+corruptions.jsonl grows by a line for each batch of each corruption and model: killed, the same
+command goes on behind the last one, and one that asks for more looks at what is new alone.
 """
 
+import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +31,8 @@ from experiments.cli import run
 from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
 from experiments.defended import logits_fn_of
+from experiments.journal import digest, digest_of, sample_of
+from experiments.lines import append, read
 from experiments.logs import Progress, provenance, write_json
 from experiments.schema import call, filled
 from rain_jax import data, evaluation
@@ -158,6 +163,7 @@ class Model(NamedTuple):
     experiment: build.Experiment
     variables: Variables
     step: int
+    digest: str  # of the variables
     judge: Callable[..., Array]  # variables, key, batch, images -> how right it is [B]
 
 
@@ -184,7 +190,7 @@ def model_of(folder: Path, devices: Devices) -> Model:
         return jax.vmap(one)(keys, data.as_float(images), batch.label)
 
     program = devices.map(body, inputs=(False, False, True, True), outputs=True)
-    return Model(experiment, devices.replicate(variables), step, program)
+    return Model(experiment, devices.replicate(variables), step, digest_of(variables), program)
 
 
 def constants_of(asked: Corruptions, source: data.Source) -> Constants:
@@ -255,35 +261,66 @@ class Look(NamedTuple):
     """Images of a cell, on the devices, and the batch that they belong to."""
 
     cell: Cell
+    first: int  # place of the first of them
     valid: np.ndarray
     batch: Batch
     images: Array
 
 
 def looks(
-    asked: Corruptions, source: data.Source, size: int, devices: Devices, published: dict[Cell, Any]
-) -> Iterator[Look]:
-    """The clean images, and every cell of each batch, made here or as they were published."""
+    asked: Corruptions, source: data.Source, size: int, devices: Devices,
+    published: dict[Cell, Any], done: Collection[tuple[Cell, int]],
+) -> Iterator[Look]:  # fmt: skip
+    """The clean images, and every cell of each batch, made here or as they were published.
+
+    Those that are `done`, a cell and the place of its first image, are left out.
+    """
     programs = {} if published else corrupters(asked, source, devices)
 
-    def placed(cell: Cell, source: data.Source) -> Iterator[Look]:
+    def placed(source: data.Source, cells: Sequence[Cell]) -> Iterator[tuple[list[Cell], Look]]:
         for batch in data.evaluation_batches(source, size):
-            there = devices.split(rows_of_process(batch))
-            yield Look(cell, np.asarray(batch.valid), there, there.image)
+            first = int(batch.index[0])
+            left = [cell for cell in cells if (cell, first) not in done]
+            if left:
+                there = devices.split(rows_of_process(batch))
+                yield left, Look(CLEAN, first, np.asarray(batch.valid), there, there.image)
 
     keys = {cell: devices.replicate(cell_key(asked.seed, *cell)) for cell in asked.cells}
-    for clean in placed(CLEAN, source):
-        yield clean
-        for name, severity in () if published else asked.cells:
-            strength = devices.replicate(jnp.int32(severity))
-            images = programs[name](keys[name, severity], strength, clean.batch)
-            yield Look((name, severity), clean.valid, clean.batch, devices.again(images))
+    for cells, clean in placed(source, [CLEAN, *(() if published else asked.cells)]):
+        for cell in cells:
+            if cell == CLEAN:
+                yield clean
+                continue
+            strength = devices.replicate(jnp.int32(cell[1]))
+            images = programs[cell[0]](keys[cell], strength, clean.batch)
+            yield clean._replace(cell=cell, images=devices.again(images))
     for cell, other in published.items():
-        yield from placed(cell, other)
+        for _, look in placed(other, [cell]):
+            yield look._replace(cell=cell)
 
 
-def measure(asked: Corruptions, models: dict[str, Model]) -> dict[str, dict[Cell, np.ndarray]]:
-    """How right each model is about each image [N] of each cell, clean ones included."""
+def identity(asked: Corruptions, model: Model, source: data.Source, size: int) -> str:
+    """A hash of what it turns on, beside the corruption, whether a model is right about images."""
+    told = {
+        "data": sample_of(model.experiment.splits.test),
+        "images": source.size,
+        "batch_size": size,
+        "constants": None if asked.published else constants_of(asked, source),
+        **{name: getattr(asked, name) for name in ("seed", "frost", "published")},
+        "model": [model.step, model.digest, model.experiment.evaluation.draws],
+        "network": {name: model.experiment.config[name] for name in ("network", "defence")},
+    }
+    text = json.dumps(told, sort_keys=True, default=str)
+    return digest(np.frombuffer(text.encode(), np.uint8))
+
+
+def measure(
+    asked: Corruptions, models: dict[str, Model], path: Path | None = None
+) -> dict[str, dict[Cell, np.ndarray]]:
+    """How right each model is about each image [N] of each cell, clean ones included.
+
+    Goes on with the file at `path`, if there is one, and leaves in it what was seen.
+    """
     first = next(iter(models.values())).experiment
     devices = place(first.parallel.mapping, choose_devices(first.parallel.devices))
     for name, model in models.items():
@@ -301,18 +338,35 @@ def measure(asked: Corruptions, models: dict[str, Model]) -> dict[str, dict[Cell
         published = {cell: data.first(other, asked.images) for cell, other in others.items()}
     size = round_up(asked.batch_size, devices.size)
     key = devices.replicate(jax.random.fold_in(root_key(asked.seed), JUDGE))
-    parts: dict[str, dict[Cell, list[np.ndarray]]] = {name: {} for name in models}
+    ids = {name: identity(asked, model, source, size) for name, model in models.items()}
+    seen: dict[tuple[Cell, int], dict[str, Any]] = {}
+    for line in [] if path is None else read(path):
+        cell = (line["cell"][0], line["cell"][1])
+        if cell == CLEAN or cell in asked.cells:
+            held = seen.setdefault((cell, line["first"]), {})
+            held |= {name: line["right"] for name in ids if ids[name] == line["of"]}
+    done = {look for look, right in seen.items() if len(right) == len(models)}
     total = source.size * (1 + (0 if published else len(asked.cells)))
     total += sum(other.size for other in published.values())
     with Progress("corruptions", total, unit="img") as bar:
-        for look in looks(asked, source, size, devices, published):
+        bar.advance(sum(len(next(iter(seen[look].values()))) for look in done))
+        for look in looks(asked, source, size, devices, published, done):
+            right = seen.setdefault((look.cell, look.first), {})
             for name, model in models.items():
-                right = model.judge(model.variables, key, look.batch, look.images)
-                rows = devices.gather(right)[look.valid]
-                parts[name].setdefault(look.cell, []).append(rows)
+                if name in right:
+                    continue
+                rows = devices.gather(model.judge(model.variables, key, look.batch, look.images))
+                right[name] = rows[look.valid].tolist()
+                if path is not None:
+                    line = {"of": ids[name], "cell": look.cell, "first": look.first}
+                    append(path, {**line, "right": right[name]})
             bar.advance(int(np.sum(look.valid)))
+    parts: dict[str, dict[Cell, list[Any]]] = {name: {} for name in models}
+    for (cell, _), right in sorted(seen.items(), key=lambda held: held[0][1]):
+        for name in models:
+            parts[name].setdefault(cell, []).extend(right[name])
     return {
-        name: {cell: np.concatenate(rows) for cell, rows in cells.items()}
+        name: {cell: np.asarray(rows, np.float32) for cell, rows in cells.items()}
         for name, cells in parts.items()
     }
 
@@ -342,7 +396,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
                 f"classes, and {first.splits.test.name} has {first.splits.test.classes}"
             )
         base = scores.ALEXNET
-    seen = measure(asked, models)
+    seen = measure(asked, models, folder / "corruptions.jsonl")
     if other is not None:
         base = scores.errors_of(seen[names[Path(other)]])
     if jax.process_index() != 0:

@@ -14,6 +14,7 @@ import tfds_fixture
 from experiments import build, cli, corruptions, loading, train, workdir
 from experiments.corruption_scores import ALEXNET, Errors, compared
 from experiments.corruptions import Corruptions
+from experiments.lines import append
 from rain_jax import data
 from rain_jax.checks import UsageError
 from rain_jax.image.corruptions import FAMILIES
@@ -225,3 +226,49 @@ def test_mistakes_are_met_before_anything_is_measured(run, capfd, arguments, say
     error = capfd.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_killed_study_goes_on_behind_its_last_batch(run, tmp_path, monkeypatch):
+    there = shutil.copytree(run, tmp_path / "run")
+    few = ("--config.families=fog,snow", "--config.severities=(1, 5)", "--config.batch_size=8")
+    whole = told(shutil.copytree(run, tmp_path / "whole"), *few)
+    counted = []
+
+    def dies(path, line):
+        if len(counted) == 4:
+            # As a kill leaves it: half of a line.
+            path.write_text(path.read_text() + '{"cell": ["fog", 1], "fir')
+            raise KeyboardInterrupt
+        counted.append(line)
+        append(path, line)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(corruptions, "append", dies)
+        told(there, *few)
+    calls = []
+    monkeypatch.setattr(
+        corruptions, "append", lambda path, line: (calls.append(line), append(path, line))
+    )
+    again = told(there, *few)
+    # Three batches of the clean images and of four corruptions, of which four were done.
+    assert len(calls) == 15 - len(counted)
+    for name in ("runs", "families", "data"):
+        first, second = (
+            {k: v for k, v in record["runs"].popitem()[1].items() if k != "folder"}
+            if name == "runs" else record[name] for record in (whole, again)
+        )  # fmt: skip
+        assert first == second
+    # One family more is looked at alone, one run more by that run alone; another seed anew.
+    calls.clear()
+    told(there, "--config.families=fog,snow,contrast", *few[1:])
+    assert {line["cell"][0] for line in calls} == {"contrast"}
+    calls.clear()
+    twin = shutil.copytree(run, tmp_path / "twin")
+    shutil.copy(there / "config.json", twin)
+    told(there, *few, f"--config.runs={twin}")
+    assert not calls  # its variables are the same
+    told(there, *few, "--config.seed=1")
+    assert len(calls) == 15
+    (there / "corruptions.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit):
+        told(there, *few)
