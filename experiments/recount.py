@@ -5,8 +5,8 @@
 The model is asked anew about every test image: about the adversarial one of adversarial.npy where
 there is one, else about the clean one, within the recorded threat. Draws are others than those of
 the evaluation. A fixed model gives the recorded figure to the image, or the command says so and
-fails; a random one gives it up to chance. What the evaluation was told about the model on its
-command line, this must be told again.
+fails; a random one gives it up to chance, within five standard errors of the difference. What the
+evaluation was told about the model on its command line, this must be told again.
 """
 
 import json
@@ -26,9 +26,12 @@ from rain_jax import data, evaluation, norms
 from rain_jax.checks import UsageError
 from rain_jax.parallel import choose_devices, initialise, place, round_up
 
+# Standard errors by which two counts over other draws may differ.
+_CHANCE = 5.0
 
-def recount(experiment: build.Experiment, folder: Path) -> tuple[evaluation.Proportion, Any]:
-    """The worst case over the saved images, and what evaluation.json says of it."""
+
+def recount(experiment: build.Experiment, folder: Path) -> tuple[np.ndarray, Any]:
+    """How right the model is [N] about the saved images, and what evaluation.json says of it."""
     record = _read(folder / "evaluation.json", lambda path: json.loads(path.read_text()))
     found = _read(folder / "verdicts.npz", _arrays)
     if "adversarial/index" not in found:
@@ -64,8 +67,14 @@ def recount(experiment: build.Experiment, folder: Path) -> tuple[evaluation.Prop
             judgements.append(some.judgement)
             bar.advance(len(some.steps))
     seen = evaluation.join(judgements)
-    share = np.where(seen.allowed, seen.share, 1.0)
-    return evaluation.proportion(share), record["worst_case"]
+    return np.where(seen.allowed, seen.share, 1.0), record["worst_case"]
+
+
+def by_chance(share: np.ndarray, draws: int) -> float:
+    """How far apart two means of shares [N] may be, each of so many draws of every image."""
+    # Of a few draws all may agree by luck: one more of either kind keeps the error from vanishing.
+    likely = (share * draws + 1) / (draws + 2)
+    return _CHANCE * float(np.sqrt(2 * np.sum(likely * (1 - likely)) / draws)) / len(share)
 
 
 def _read(path: Path, reader: Any) -> Any:
@@ -88,7 +97,8 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     cache.enable()
     initialise()
     experiment = build.experiment(config)
-    value, known = recount(experiment, folder)
+    share, known = recount(experiment, folder)
+    value = evaluation.proportion(share)
     print(f"\nworst case over the saved images: {report.percent(value)}", flush=True)
     if known is None:
         print("the evaluation gave none: its checks failed")
@@ -100,6 +110,12 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if not experiment.network.random and known["right"] != value.hits:
         raise UsageError(
             f"{folder}: {known['right']} images stood in the evaluation and {value.hits} stand now"
+        )
+    apart = abs(known["accuracy"] - float(np.mean(share)))
+    if apart > by_chance(share, experiment.evaluation.draws or 1):
+        raise UsageError(
+            f"{folder}: {100 * known['accuracy']:.1f} per cent stood in the evaluation and "
+            f"{100 * np.mean(share):.1f} stand now, further apart than draws are by chance"
         )
 
 

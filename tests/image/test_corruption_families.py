@@ -493,7 +493,8 @@ def test_what_draws_nothing_is_what_the_public_one_makes(public, photographs, na
 
 def test_motion_at_one_angle_is_what_the_public_one_makes(public, photographs, monkeypatch):
     for image in photographs:
-        for severity, (radius, sigma) in zip((1, 5), ((10, 3), (20, 15)), strict=True):
+        reaches = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))
+        for severity, (radius, sigma) in zip(SEVERITIES, reaches, strict=True):
             for angle in (-33.0, 0.0, 17.0):
                 monkeypatch.setattr(np.random, "uniform", lambda low, high, a=angle: a)
                 theirs = theirs_of(public, "motion_blur", image, severity)
@@ -505,7 +506,7 @@ def test_motion_at_one_angle_is_what_the_public_one_makes(public, photographs, m
 
 # Statistics of an image: its mean, its deviation, its distance from what it was, and the logarithm
 # of the energy of its high frequencies. At most four and a half standard errors apart, which chance
-# passes once in 2,000 runs of all 64 comparisons, and what is known to differ: a level where
+# passes once in 900 runs of all 160 comparisons, and what is known to differ: a level where
 # ImageMagick rounds and NumPy cuts, and photographs of frost, which the package enlarges.
 @pytest.mark.parametrize(
     "name, draws", [("gaussian_noise", 40), ("shot_noise", 40), ("impulse_noise", 40),
@@ -529,7 +530,7 @@ def test_what_is_drawn_is_distributed_as_the_public_one(public, photographs, nam
 
     known = np.array([1.0, 0.5, 0.5, 0.05])
     known[3] = 1.0 if name == "frost" else known[3]
-    for severity in (1, 5):
+    for severity in SEVERITIES:
         ours = statistics(corrupted(name, unit(image), severity, draws=draws, photographs=ice))
         theirs = statistics(
             np.stack([theirs_of(public, name, image, severity) for _ in range(draws)])
