@@ -1,5 +1,8 @@
 """PyTorch state dictionaries in the published layouts: same logits, and refusals by name."""
 
+import importlib.util
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -291,6 +294,44 @@ def test_imported_networks_have_the_logits_of_the_published_ones(which):
         logits = theirs(torch.tensor(np.moveaxis(images, -1, 1))).numpy()
     mine = jax.jit(lambda v, x: ours.apply(v, x)[0])(found.variables, images)
     assert np.std(logits) > 0.01
+    np.testing.assert_allclose(mine, logits, atol=1e-4 * max(1.0, np.abs(logits).max()))
+
+
+def robustbench(file):
+    """A file of the real package, by itself: as a whole it wants torchvision."""
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None:
+        pytest.skip("robustbench is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "model_zoo" / "architectures" / f"{file}.py"
+    found = importlib.util.spec_from_file_location(f"robustbench_{file}", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("file", "make", "told_elsewhere"),
+    [
+        ("resnet", lambda m: m.ResNet18(), {}),
+        ("resnet", lambda m: m.PreActResNet18(), dict(variant="fast")),
+        ("wide_resnet", lambda m: m.WideResNet(depth=16, widen_factor=2), {}),
+        ("dm_wide_resnet", lambda m: m.DMWideResNet(depth=10, width=2, activation_fn=m.Swish,
+                                                    mean=MEAN, std=STD), dict(activation="silu", **PIXELS)),
+        ("dm_wide_resnet", lambda m: m.DMWideResNet(depth=10, width=1, mean=MEAN, std=STD), PIXELS),
+    ],
+    ids=["resnet18", "preact_resnet18", "wide_resnet", "deepmind, swish", "deepmind"],
+)  # fmt: skip
+def test_networks_of_robustbench_itself_have_their_logits(file, make, told_elsewhere):
+    # The activation, what a pixel is divided by and a variant are in its code, not in its files.
+    theirs = shaken(make(robustbench(file)))
+    found = imports.resnet_from_torch(theirs.state_dict())
+    options = {k: v for k, v in found.network.items() if k != "name"} | told_elsewhere
+    ours = getattr(models, found.network["name"])(found.classes, **options)
+    images = np.asarray(jax.random.uniform(jax.random.key(0), (2, 32, 32, 3)))
+    with torch.no_grad():
+        logits = theirs(torch.tensor(np.moveaxis(images, -1, 1))).numpy()
+    assert np.std(logits) > 0.01
+    mine = jax.jit(lambda v, x: ours.apply(v, x)[0])(found.variables, images)
     np.testing.assert_allclose(mine, logits, atol=1e-4 * max(1.0, np.abs(logits).max()))
 
 
