@@ -82,7 +82,7 @@ def evaluate(
     }  # fmt: skip
     notes = tuple(_distance(title, column) for title, column in measured.distances.items())
     if proven is not None:
-        notes += proven.notes()
+        notes += (*proven.notes(), *_not_climbed(experiment))
         if not proven.valid:
             counts.pop("worst case", None)
     failed = [check for check in checks if not check.passed]
@@ -110,6 +110,19 @@ def proven_of(
     }
     images = len(measured.columns["clean"].judgement.index)
     return proof.Proof(proof.checks(accuracy, margins, images, seen, lines), lines)
+
+
+def _not_climbed(experiment: build.Experiment) -> list[str]:
+    """The rungs of the ladder that were left out, which a worst case knows nothing of."""
+    budget = experiment.ladder
+    assert budget is not None  # or there is no proof
+    found = [f"not climbed: {name}" for name in budget.without]
+    if budget.elsewhere is None:
+        found.append(
+            "not climbed: elsewhere, images made against a run of another seed "
+            "(--config.evaluation.ladder.elsewhere=FOLDER)"
+        )
+    return found
 
 
 def _distance(title: str, column: Column) -> str:

@@ -156,6 +156,8 @@ def checks(
     """What must be so before a number is printed.
 
     `accuracy` is by rung, "clean" among them, and so are the mean `margins`; `lines` are a sweep's.
+    That black boxes find more than images made without the model is not among them: with a small
+    budget they need not, and then the black box is weak and not the gradient.
     """
     others = (*OBLIVIOUS, *BLACK_BOX, *CONTROLS, "clean", "worst case")
     white = [n for n in accuracy if n not in others and not n.startswith("official")]

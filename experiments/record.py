@@ -89,7 +89,7 @@ def described(
             "radius": radius,
             "radius_in_255": 255 * radius,
         },
-        "clean": {**stands["clean"], **_cost(clean)},
+        "clean": {**stands["clean"], **_over_draws(experiment, clean), **_cost(clean)},
         "attacks": {
             title: {
                 **stands[title],
@@ -102,7 +102,10 @@ def described(
         },
         "cascade": measured.cascade,
         # The last column that is no check of another threat.
-        "worst_case": [v for title, v in stands.items() if title not in measured.checks][-1],
+        "worst_case": {
+            **[v for title, v in stands.items() if title not in measured.checks][-1],
+            **_over_draws(experiment, measured.worst),
+        },
         "distances": {
             title: {
                 **_curve(clean.judgement, column, radius),
@@ -159,6 +162,20 @@ def broken_at(measured: Measured) -> np.ndarray:
     return found
 
 
+def _over_draws(experiment: build.Experiment, column: Column | None) -> dict[str, float]:
+    """Of a random model: how often its mean, and how often all of its draws, are right."""
+    if not experiment.network.random or column is None:
+        return {}
+    return _of_draws(column.judgement)
+
+
+def _of_draws(judgement: evaluation.Judgement) -> dict[str, float]:
+    return {
+        "accuracy_of_the_mean": float(np.mean(evaluation.standing(judgement))),
+        "accuracy_in_all_draws": float(np.mean((judgement.share == 1) | ~judgement.allowed)),
+    }
+
+
 def _told(column: Column) -> dict[str, Any]:
     """An attack's own figures, over the images that it was given."""
     judgement = column.judgement
@@ -169,8 +186,7 @@ def _told(column: Column) -> dict[str, Any]:
         "outside_the_threat": int(np.sum(~judgement.allowed)),
         "largest_distance": float(np.max(judgement.distance)),
         "mean_margin": float(np.mean(judgement.margin)),
-        "accuracy_of_the_mean": float(np.mean(evaluation.standing(judgement))),
-        "accuracy_in_all_draws": float(np.mean((judgement.share == 1) | ~judgement.allowed)),
+        **_of_draws(judgement),
         "mean_steps": float(np.mean(column.steps)),
         **_cost(column),
     }

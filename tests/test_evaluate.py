@@ -254,7 +254,13 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
     with np.load(tmp_path / "verdicts.npz") as verdicts:
         least = np.min([verdicts[f"{name}/share"] for name in ["clean", *names]], axis=0)
         again = verdicts["worst case/share"]
+        shares = {"clean": verdicts["clean/share"], "worst_case": again}
+        means = {"clean": verdicts["clean/right"], "worst_case": verdicts["worst case/right"]}
     assert record["worst_case"]["accuracy"] == pytest.approx(np.mean(again), rel=1e-6)
+    for place, share in shares.items():
+        assert record[place]["accuracy_in_all_draws"] == pytest.approx(np.mean(share == 1))
+        assert record[place]["accuracy_of_the_mean"] == pytest.approx(np.mean(means[place]))
+    assert np.mean(shares["clean"] == 1) < np.mean(shares["clean"])
     # These attacks find nothing: the least of seven counts is luck, and the worst case is not.
     alone = [record["attacks"][name]["accuracy"] for name in names]
     spread = np.sqrt(0.25 / (16 * 83))
