@@ -99,7 +99,9 @@ def legend(figure: Any, axes: Any) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        columns = max(1, min(len(found), int(figure.get_figwidth() * 14) // max(map(len, found))))
+        # In letters: what is drawn before a name, and the space behind it, are six or so.
+        room, widest = int(figure.get_figwidth() * 14), 6 + max(map(len, found))
+        columns = max(1, min(len(found), room // widest))
         figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 
