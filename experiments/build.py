@@ -364,7 +364,16 @@ def experiment(whole: Any) -> Experiment:
     if evaluation.ladder is not None:
         start: settings.Start = parts["start"]
         budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
-        columns |= ladder.rungs(budget, the_threat, assembly, start.classifier)
+        rungs = ladder.rungs(budget, the_threat, assembly, start.classifier)
+        for name in columns:
+            if evaluation.suite is not None or name in rungs:
+                raise UsageError(
+                    "config.evaluation.suite: expected None beside a ladder, which has its attacks"
+                    if evaluation.suite is not None
+                    else f"config.evaluation.attacks.{name}: expected another name: a rung of the "
+                    "ladder has this one"
+                )
+        columns |= rungs
     built = Experiment(
         spec, seed, splits, network, assembly, the_threat,
         objective_of(assembly, plan.per_epoch),

@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import build, cache, proof, record, report, sanity, workdir
 from experiments.cli import run
+from experiments.defended import RUN
 from experiments.journal import Journal
 from experiments.loading import check_finite, load
 from experiments.logs import Progress
@@ -43,6 +44,10 @@ def evaluate(
     """
     check_finite(variables, f"{folder} at step {step}")
     settings = experiment.evaluation
+    for look in experiment.looks.values():
+        if look.through is not None and look.through.startswith(RUN):
+            # Its turn may come after hours.
+            workdir.read_config(Path(look.through.removeprefix(RUN)))
     probe = None
     if experiment.ladder is not None:
         # It has checks of its own, but those look at numbers, and not at how they came about.

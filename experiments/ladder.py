@@ -24,6 +24,8 @@ from rain_jax.types import Iteration, Threat
 
 # What knows nothing of the defence; what sees no gradient; what is no attack.
 OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", "gray"), ("square", "rays"), ("noise", "far")
+# What knows another model of the same kind.
+ELSEWHERE = "elsewhere"
 # Of a ladder's settings those that a rung turns on; the others choose among rungs.
 BUDGET = ("steps", "draws", "restarts", "queries", "answers")
 # A radius at which every image can be made any other, or as many times the threat's in L2 and L1.
@@ -35,7 +37,9 @@ class Ladder:
     """How much each rung may spend.
 
     Steps are of `radius / 10`, `draws` those of a random model in each step, `restarts` those of
-    the attack that does without draws (of twice the steps and half their size). `sweep_draws` and
+    the attack that does without draws (of twice the steps and half their size). `queries` are
+    passes of the model: of a random one Square takes the mean of `answers` for each of its tries,
+    and so has fewer of them. `sweep_draws` and
     `sweep_steps` show how accuracy falls with either, empty for none. `surrogates` names the forms
     of the defence that are climbed, all by default. `elsewhere` is the folder of a run of the same
     config with another seed, whose adversarial images are tried. `without` are rungs that are left
@@ -108,7 +112,7 @@ def rungs(
     for name in assembly.votes:
         found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
     if ladder.elsewhere is not None:
-        found["elsewhere"] = Look(
+        found[ELSEWHERE] = Look(
             pgd(ladder.steps, estimator=inexact, loss=margin, keep="last"),
             f"{RUN}{ladder.elsewhere}",
         )
@@ -122,6 +126,12 @@ def rungs(
     found["far"] = Look(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
     for name in ladder.without:
         one_of("config.evaluation.ladder.without", name, [name for name in found if name != "far"])
+    white = found.keys() - {*OBLIVIOUS, *BLACK_BOX, *CONTROLS, ELSEWHERE, *ladder.without}
+    if not any(not name.startswith("official") for name in white):
+        raise UsageError(
+            f"config.evaluation.ladder.without={ladder.without!r}: expected at least one rung to "
+            "be left that knows the gradients"
+        )
     return {name: look for name, look in found.items() if name not in ladder.without}
 
 

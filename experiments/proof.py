@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, defended
-from experiments.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS, Ladder
+from experiments.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
 from rain_jax import attacks, data, evaluation
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
@@ -159,7 +159,7 @@ def checks(
     That black boxes find more than images made without the model is not among them: with a small
     budget they need not, and then the black box is weak and not the gradient.
     """
-    others = (*OBLIVIOUS, *BLACK_BOX, *CONTROLS, "clean", "worst case")
+    others = (*OBLIVIOUS, *BLACK_BOX, *CONTROLS, ELSEWHERE, "clean", "worst case")
     white = [n for n in accuracy if n not in others and not n.startswith("official")]
     strongest = min(white, key=accuracy.__getitem__)
     lowest = accuracy[strongest]
@@ -169,7 +169,7 @@ def checks(
             not above(lowest, accuracy[other], images),
             f"{strongest} {100 * lowest:.1f} %, {other} {100 * accuracy[other]:.1f} %",
         )
-        for other in (*BLACK_BOX, *OBLIVIOUS, "noise")
+        for other in (*BLACK_BOX, *OBLIVIOUS, ELSEWHERE, "noise")
         if other in accuracy
     ]
     left = accuracy["far"]

@@ -1,6 +1,7 @@
 """The ladder: its rungs follow from the defence, its sweep is one program, its checks can fail."""
 
 import json
+from typing import NamedTuple
 
 import commands
 import jax
@@ -8,7 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, defended, evaluate, journal, loading, measure, proof, start
+from experiments import (
+    build,
+    cli,
+    defended,
+    evaluate,
+    journal,
+    ladder,
+    loading,
+    measure,
+    proof,
+    report,
+    start,
+    train,
+)
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.defences.tables import Statistics
@@ -36,6 +50,17 @@ def experiment_of(tmp_path, *changes, **sections):
 def drawn(experiment):
     images = jnp.zeros((1, *experiment.splits.train.shape))
     return jax.jit(experiment.network.init)(jax.random.key(0), images)
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A small run of a network without defence that is over: its folder, and what it learned."""
+    folder = tmp_path_factory.mktemp("before")
+    plain = build.plain(experiment_of(folder).config)
+    plain["method"], plain["validation"] = {"name": "natural"}, None
+    plain["evaluation"] = {"attacks": {"noise": {"name": "noise"}}, "images": 10, "checks": False}
+    train.main(build.changed(plain, [("training.epochs", 0.2)]), folder / "run")
+    return folder / "run", loading.load(build.experiment(plain), folder / "run")[0]
 
 
 # --- Rungs ------------------------------------------------------------------------------------
@@ -104,6 +129,134 @@ def test_other_norms_have_the_rungs_that_exist_there(tmp_path):
     assert "apgd_ce" not in found
 
 
+class Spent(NamedTuple):
+    """What an attack asks in each step, and its first step on a model of a known slope."""
+
+    steps: int
+    passes: float  # of the model, backward where there are such
+    begins: str
+    size: float  # of the step, in levels of 255
+    climbs: str
+
+
+def spent(look, *, moving=True):
+    """What a rung spends; `moving` is whether its steps are all of one size."""
+    attack = look.attack
+    asked = evaluation.cost(attack, (4, 4, 3), 10).step
+    passes = asked.backward or asked.forward
+    if not moving:
+        return attack.steps, passes
+
+    # Each logit follows a pixel of its own, and class 1 leads: of the slopes of the wrong classes
+    # the margin has that one alone, cross-entropy all.
+    def logits_fn(key, image):
+        return 3.0 * (jnp.arange(10) == 1) + image.ravel()[:10]
+
+    @jax.jit
+    def begun(image):
+        state = attack.init(jax.random.key(0), logits_fn, image, 0)
+        return state.image, attack.step(logits_fn, state).image
+
+    image = np.full((4, 4, 3), 0.5, np.float32)
+    first, second = map(np.asarray, begun(image))
+    change = np.abs(second - first).reshape(-1, image.size)
+    return Spent(
+        attack.steps, passes,
+        "uniform" if np.any(first != image) else "clean",
+        round(255 * float(np.max(change)), 3),
+        "margin" if np.all(np.sum(change > 1e-6, axis=1) == 2) else "cross-entropy",
+    )  # fmt: skip
+
+
+CE = "cross-entropy"
+# Of a random model at the full budget; a tenth of the radius is 0.8 levels.
+RANDOM = {
+    "transfer": Spent(40, 1, "uniform", 0.8, CE),
+    "gray": Spent(40, 1, "uniform", 0.8, CE),
+    "fgsm": Spent(1, 20, "clean", 8.0, CE),
+    "pgd": Spent(200, 5, "uniform", 0.4, CE),  # five restarts, without draws
+    "eot_ce": Spent(100, 20, "uniform", 0.8, CE),
+    "eot_margin": Spent(100, 20, "uniform", 0.8, "margin"),
+    "apgd": (100, 2 * 20),  # on cross-entropy and on DLR
+    "official_pgd": Spent(40, 1, "clean", 1.0, CE),
+    "official_eot": Spent(40, 40, "clean", 2.0, CE),
+    "average_one_shift": Spent(100, 20, "uniform", 0.8, "margin"),
+    "identity": Spent(100, 20, "uniform", 0.8, "margin"),
+    "average": Spent(100, 1, "uniform", 0.8, "margin"),  # draws nothing
+    "elsewhere": Spent(100, 20, "uniform", 0.8, "margin"),
+    "square": (500 - 1, 10),  # 5,000 passes, the first image's among them
+    "rays": (5000, 1),
+    "far": Spent(100, 20, "uniform", 6.4, "margin"),
+}
+FIXED = {
+    "fgsm": Spent(1, 1, "clean", 8.0, CE),
+    "pgd": Spent(200, 5, "uniform", 0.4, CE),
+    "apgd_ce": (100, 1),
+    "apgd_t": (100, 9),
+    "fab_t": (100, 9),
+    "elsewhere": Spent(100, 1, "uniform", 0.8, "margin"),
+    "square": (5000 - 1, 1),
+    "rays": (5000, 1),
+    "far": Spent(100, 1, "uniform", 6.4, "margin"),
+}
+# At the small budget: steps, and passes in each.
+RANDOM_SMALL = {
+    "transfer": (40, 1), "gray": (40, 1), "fgsm": (1, 8), "pgd": (60, 2), "eot_ce": (30, 8),
+    "eot_margin": (30, 8), "apgd": (30, 16), "official_pgd": (40, 1), "official_eot": (40, 16),
+    "average_one_shift": (30, 8), "identity": (30, 8), "average": (30, 1), "elsewhere": (30, 8),
+    "square": (125 - 1, 4), "rays": (500, 1), "far": (30, 8),
+}  # fmt: skip
+FIXED_SMALL = {
+    "fgsm": (1, 1), "pgd": (60, 2), "apgd_ce": (30, 1), "apgd_t": (30, 9), "fab_t": (30, 9),
+    "elsewhere": (30, 1), "square": (500 - 1, 1), "rays": (500, 1), "far": (30, 1),
+}  # fmt: skip
+
+
+def photographs(name, data_dir, holdout, resize, limit_train, limit_test, extra, extra_fraction):
+    """As many black images as `stl10_part` has photographs, without the memory."""
+
+    def source(size):
+        image = np.broadcast_to(np.uint8(0), (size, 96, 96, 3))
+        return data.from_arrays(image, np.arange(size) % 10, name=name, classes=10)
+
+    return data.Splits(source(3000 - holdout), source(holdout), source(1000))
+
+
+@pytest.mark.parametrize(
+    ("config", "full", "small"),
+    [("stl10_rain", RANDOM, RANDOM_SMALL), ("stl10_natural", FIXED, FIXED_SMALL)],
+)
+def test_every_rung_spends_what_is_promised(config, full, small, monkeypatch):
+    monkeypatch.setattr(data, "load", photographs)
+    configs = commands.ROOT / "experiments" / "configs"
+    whole = cli.load_config(f"{configs / config}.py:full")
+    climbed = {**whole, **cli.load_config(str(configs / "ladder.py"))}
+    experiment = build.experiment(
+        build.changed(climbed, [("evaluation.ladder.elsewhere", "runs/other")])
+    )
+    assert experiment.evaluation.images == 1000
+    found = {name: look for name, look in experiment.looks.items() if name != "noise"}
+    fixed = {name for name, row in full.items() if not isinstance(row, Spent)}
+    assert {n: spent(look, moving=n not in fixed) for n, look in found.items()} == full
+
+    through = {n: look.through for n, look in found.items() if look.through is not None}
+    known = {"elsewhere": "run:runs/other"}
+    if config == "stl10_rain":
+        names = "gray", "average_one_shift", "identity", "average"
+        known |= {"transfer": "run:runs/stl10_natural_full", **dict(zip(names, names, strict=True))}
+    assert through == known
+    radii = {n: 255 * look.threat.radius for n, look in found.items() if look.threat is not None}
+    others = {"official_pgd": 16.0} if config == "stl10_rain" else {}
+    assert radii == pytest.approx({"far": 64.0, **others})
+
+    section = cli.load_config(f"{configs / 'ladder.py'}:small")["evaluation"]
+    budget = ladder.Ladder(**section["ladder"], elsewhere="runs/other")
+    looks = ladder.rungs(
+        budget, experiment.threat, experiment.assembly, experiment.start.classifier
+    )
+    assert {n: spent(looks[n], moving=False) for n in looks if n != "noise"} == small
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -165,6 +318,79 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     # No number where a check fails.
     assert ("worst case" in row.columns) == found["valid"]
     assert (record["worst_case"] is not None) == found["valid"]
+
+
+@pytest.fixture(scope="module")
+def climbed(before, tmp_path_factory):
+    """A network without defence that never learned, also by images made against one that did."""
+    folder = tmp_path_factory.mktemp("climbed")
+    others = ["pgd", "apgd_ce", "apgd_t", "fab_t", "square", "rays"]
+    experiment = experiment_of(
+        folder,
+        ("evaluation.ladder.elsewhere", str(before[0])),
+        ("evaluation.ladder.sweep_draws", []),
+        ("evaluation.ladder.without", others),
+    )
+    variables = drawn(experiment)
+    evaluate.evaluate(experiment, variables, folder, "untrained", 0, finish=False)
+    return experiment, variables, folder
+
+
+def test_images_made_elsewhere_are_made_against_the_other_runs_model(before, climbed):
+    experiment, variables, folder = climbed
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert record["attacks"]["elsewhere"]["through"] == f"run:{before[0]}"
+    seen = np.load(folder / "verdicts.npz")
+    of = defended.logits_fn_of(experiment.network)
+    attack = experiment.looks["elsewhere"].attack
+    source = data.first(experiment.splits.test, 20)
+    (batch,) = data.evaluation_batches(source, 20)
+    keys = image_keys(measure.key_of(experiment.seed, "elsewhere"), jnp.asarray(batch.index))
+    keys, _ = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the others are the judge's
+
+    @jax.jit
+    def margins(against):
+        """Of the network that is judged, on what is made against another."""
+        images = jax.vmap(lambda k, x, y: attack(k, of(against), x, y))(
+            keys, data.as_float(batch.image), batch.label
+        )
+        logits = jax.vmap(lambda x: of(variables)(keys[0], x))(images)
+        return jax.vmap(margin)(logits, batch.label)
+
+    np.testing.assert_allclose(seen["elsewhere/margin"], margins(before[1]), atol=1e-4)
+    assert np.max(np.abs(seen["elsewhere/margin"] - margins(variables))) > 1e-2
+    assert record["attacks"]["elsewhere"]["right"] == np.sum(seen["elsewhere/margin"] < 0)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_number_is_given_where_all_checks_pass_and_nowhere_else(climbed, passed, monkeypatch):
+    experiment, variables, folder = climbed
+    checks = [proof.Check("the margin rises", True, "by 1"), proof.Check("far", passed, "3 % left")]
+    monkeypatch.setattr(proof, "checks", lambda *given: checks)
+    row, _ = evaluate.evaluate(experiment, variables, folder, "untrained", 0, finish=False)
+    record = json.loads((folder / "evaluation.json").read_text())
+    table, _, notes = report.results_table([row]).partition("\n\n")
+    assert record["ladder"]["valid"] == passed
+    assert "ok   the margin rises: by 1" in notes
+    # What was measured under each rung is told either way.
+    counted = ["clean", "noise", "fgsm", "elsewhere"]
+    assert list(row.columns)[:5] == [*counted, "far"]
+    seen = np.load(folder / "verdicts.npz")
+    right = {name: seen[f"{name}/right"] for name in counted}
+    told = {"clean": record["clean"], **record["attacks"]}
+    assert {name: told[name]["right"] for name in counted} == {n: r.sum() for n, r in right.items()}
+    if passed:
+        assert record["worst_case"]["right"] == np.sum(np.all(list(right.values()), axis=0))
+        assert record["worst_case"]["of"] == 20
+        assert "worst case" in table
+        assert report.percent(row.columns["worst case"]) in table
+        assert "ok   far: 3 % left" in notes
+        assert "no worst case" not in notes
+    else:
+        assert record["worst_case"] is None
+        assert "worst case" not in table
+        assert "FAILS far: 3 % left" in notes
+        assert "no worst case is given" in notes
 
 
 def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monkeypatch):
@@ -294,15 +520,8 @@ def test_slopes_are_those_of_the_margin(random):
 # --- The weights that it begins with ----------------------------------------------------------
 
 
-def test_members_all_begin_with_the_classifier_of_another_run(tmp_path):
-    from experiments import train
-
-    before = tmp_path / "before"
-    plain = build.plain(experiment_of(tmp_path).config)
-    plain["evaluation"] = {"attacks": {"fgsm": {"name": "fgsm"}}, "images": 10}
-    train.main(build.changed(plain, [("training.epochs", 0.2)]), before)
-    trained, _ = loading.load(build.experiment(plain), before)
-
+def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
+    before, trained = before
     experiment = experiment_of(
         tmp_path, defence=JPEG, ensemble=VOTE, start=dict(classifier=str(before))
     )
@@ -347,3 +566,45 @@ def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
     assert ("eot_margin" in found.looks) == random
     assert ("fab_t" in found.looks) == (not random)
     assert ("member:3" in found.looks) == part.endswith("_vote")
+
+
+def test_images_from_elsewhere_that_do_better_than_gradients_void_the_number():
+    accuracy = {"clean": 0.9, "pgd": 0.7, "noise": 0.85, "far": 0.0, "elsewhere": 0.1}
+    margins = {"clean": -1.0, "pgd": -0.5}
+    seen = proof.Slopes(np.ones(64), np.ones(64))
+    found = {c.name: c.passed for c in proof.checks(accuracy, margins, 64, seen)}
+    assert not found["elsewhere is no better than white-box"]
+    accuracy["elsewhere"] = 0.8
+    assert all(c.passed for c in proof.checks(accuracy, margins, 64, seen))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("evaluation.ladder.without", ("fgsm", "pgd", "apgd_ce", "apgd_t", "fab_t")),
+            "at least one",
+        ),
+        (("evaluation.attacks.pgd", dict(name="pgd", steps=33)), "a rung of the ladder has this"),
+        (("evaluation.suite", "standard"), "expected None beside a ladder"),
+    ],
+)
+def test_a_ladder_that_would_measure_something_else_is_refused(tmp_path, change, message):
+    scope: dict = {}
+    exec(commands.write_config(tmp_path).read_text(), scope)
+    begun = [("evaluation.attacks.pgd40", None), ("evaluation.ladder", dict(steps=3))]
+    build.experiment(build.changed(scope["get_config"](), begun))
+    with pytest.raises(build.UsageError, match=message):
+        build.experiment(build.changed(scope["get_config"](), [*begun, change]))
+
+
+def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path):
+    scope: dict = {}
+    exec(commands.write_config(tmp_path).read_text(), scope)
+    elsewhere = [("evaluation.ladder", dict(steps=3, elsewhere=str(tmp_path / "nowhere")))]
+    begun = [("evaluation.attacks.pgd40", None), *elsewhere]
+    experiment = build.experiment(build.changed(scope["get_config"](), begun))
+    images = jnp.zeros((1, 8, 8, 1))
+    drawn = experiment.network.init(jax.random.key(0), images)
+    with pytest.raises(build.UsageError, match="nowhere: expected the folder of a run"):
+        evaluate.evaluate(experiment, drawn, tmp_path, "untrained", 0)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,27 @@ def test_draws_are_shapes_and_a_defence_stands_in_front(trained, tmp_path):
         ("evaluation.attacks.pgd.estimator", dict(name="eot", draws=3)),
     ], variables)  # fmt: skip
     np.testing.assert_allclose(stands[3], alone, atol=1e-6)
+
+
+def test_runs_are_an_axis_and_one_draw_of_a_random_model_is_flagged(trained, tmp_path):
+    twin = shutil.copytree(trained, tmp_path / "twin")
+    noisy = ["defence.name=gaussian_noise", "defence.scale=0.2", "evaluation.draws=1"]
+    few = [f"evaluation.images={COUNT // 2}", "sweep.axes.evaluation.attacks.pgd.steps=2,4"]
+    (tmp_path / "out").mkdir()
+    sweep.main(
+        asked(*noisy, *few, f"sweep.axes.run={trained},{twin}", "sweep.axes.seed=3"),
+        tmp_path / "out",
+    )
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    cells = {(cell["run"], cell["steps"]): cell["right"] for cell in record["cells"]}
+    assert len(cells) == 4
+    # The same weights, by the same program.
+    assert record["programs"]["groups"] == 1
+    for steps in (2, 4):
+        assert cells[str(trained), steps] == cells[str(twin), steps]
+    assert record["flagged"]
+    failed = [check["name"] for check in record["checks"] if not check["passed"]]
+    assert failed == ["a random model is judged by several draws"]
 
 
 def test_tables_follow_their_swept_quality(trained, tmp_path):

@@ -94,7 +94,10 @@ def chain(defences: tuple[Defence, ...]) -> Defence:
 
         return apply
 
-    return _combined(defences, init, through, any(defence.random for defence in defences))
+    whole = _combined(defences, init, through, any(defence.random for defence in defences))
+    # One look is enough where no member draws under that name.
+    sure = [d.fixed if d.random else frozenset(whole.surrogates) for d in defences]
+    return whole._replace(fixed=frozenset.intersection(*sure))
 
 
 def choose(defences: tuple[Defence, ...], *, weights: tuple[float, ...] | None = None) -> Defence:

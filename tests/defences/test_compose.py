@@ -1,13 +1,21 @@
 """What `chain`, `choose`, `bpda`, `defend` and `mean_of_draws` promise."""
 
+import json
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import build
+from rain_jax import models
 from rain_jax.checks import UsageError
+from rain_jax.defences import bit_depth, gaussian_noise, jpeg, median, nn_jpeg, rain
 from rain_jax.defences.compose import bpda, chain, choose, defend, form, mean_of_draws
+from rain_jax.defences.network import in_front
 from rain_jax.gradients import straight_through
+from rain_jax.models.upscalers import bicubic
 from rain_jax.types import Defence
 
 IMAGE = jax.random.uniform(jax.random.key(3), (4, 4, 1))
@@ -147,6 +155,140 @@ def test_a_model_deployed_as_a_mean_of_draws():
     np.testing.assert_allclose(mean_of_draws(noisy, 8)(KEY, IMAGE), expected, rtol=1e-6)
 
 
+# --- Members as they are deployed and attacked --------------------------------------------------
+
+RAIN = rain(bicubic(), reach=0.2)
+JPEG = nn_jpeg(level=60.0)
+COLOURS = jax.random.uniform(jax.random.key(5), (12, 12, 3))
+
+
+def pulled(apply, variables, key, image, slope):
+    """What a defence makes of an image, and what comes of a slope on its way back."""
+    value, pull = jax.vjp(lambda image: apply(variables, key, image), image)
+    return value, pull(slope)[0]
+
+
+def by_hand(forms, variables, keys, image, slope):
+    """The same of several in a row, each differentiated by itself."""
+    pulls = []
+    for apply, own, key in zip(forms, variables, keys, strict=True):
+        image, pull = jax.vjp(lambda image, a=apply, v=own, k=key: a(v, k, image), image)
+        pulls.append(pull)
+    for pull in reversed(pulls):
+        (slope,) = pull(slope)
+    return image, slope
+
+
+@pytest.mark.parametrize(
+    ("through", "forms"),
+    [
+        (None, (RAIN.apply, JPEG.apply)),
+        ("identity", (RAIN.surrogates["identity"], JPEG.surrogates["identity"])),
+        ("average_one_shift", (RAIN.surrogates["average_one_shift"], JPEG.apply)),
+    ],
+)
+def test_a_chain_is_its_members_one_after_another_both_ways(through, forms):
+    both = chain((RAIN, JPEG))
+    variables = both.init(KEY, COLOURS)
+    apply = form(both, through)
+    slope = jax.random.normal(jax.random.key(6), COLOURS.shape)
+
+    @jax.jit
+    def compared(key, image):
+        own = RAIN.init(key, image), JPEG.init(key, image)
+        hand = by_hand(forms, own, jax.random.split(key), image, slope)
+        return pulled(apply, variables, key, image, slope), hand
+
+    values = []
+    for key in jax.random.split(KEY, 3):
+        (value, back), (expected, gradient) = compared(key, COLOURS)
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+        np.testing.assert_allclose(back, gradient, atol=1e-5)
+        assert float(jnp.linalg.norm(back)) > 0.1
+        values.append(np.asarray(value))
+    # Other keys, other draws: all this does not hold for want of any.
+    assert np.any(values[0] != values[1])
+
+
+@pytest.mark.parametrize("through", [None, "identity"])
+def test_a_choice_inside_a_chain_is_the_chain_with_the_drawn_member(through):
+    members = (median(), gaussian_noise(scale=0.1))
+    whole = chain((choose(members, weights=(1.0, 2.0)), RAIN))
+    apply = form(whole, through)
+    slope = jax.random.normal(jax.random.key(6), COLOURS.shape)
+    attacked = lambda defence: form(defence, through if through in defence.surrogates else None)
+
+    def expected(place, keys, image):
+        first, second = keys
+        # The choice draws by the first half of its key; members share out the second.
+        inner = jax.random.split(jax.random.split(first)[1], len(members))[place]
+        forms = [attacked(members[place]), attacked(RAIN)]
+        return by_hand(forms, ({}, {}), (inner, second), image, slope)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, None))
+    def compared(key, image):
+        keys = jax.random.split(key)
+        each = [expected(place, keys, image) for place in range(len(members))]
+        return pulled(apply, {}, key, image, slope), each
+
+    (value, back), each = compared(jax.random.split(KEY, 12), COLOURS)
+    near = np.stack([np.max(np.abs(value - other), axis=(1, 2, 3)) < 1e-5 for other, _ in each])
+    np.testing.assert_array_equal(near.sum(axis=0), 1)
+    drawn = np.argmax(near, axis=0)
+    assert set(drawn) == {0, 1}
+    gradients = np.stack([gradient for _, gradient in each])[drawn, np.arange(len(drawn))]
+    np.testing.assert_allclose(back, gradients, atol=1e-5)
+    assert np.all(np.max(np.abs(back), axis=(1, 2, 3)) > 0.1)
+
+
+def test_a_section_of_a_config_is_the_call_that_it_describes():
+    section = dict(
+        name="chain",
+        defences=[
+            dict(name="rain", upscaler="bicubic", reach=0.3),
+            dict(
+                name="choose",
+                defences=["bit_depth", dict(name="jpeg", quality=30)],
+                weights=[1, 3],
+            ),
+        ],
+    )
+    network = dict(name="cnn", widths=(4,), hidden=8)
+    built = build.experiment(
+        dict(
+            data=dict(name="digits", limit_train=64, limit_test=8),
+            network=network,
+            defence=section,
+            threat=dict(radius=0.1),
+            method=dict(name="natural"),
+            optimiser=dict(name="sgd"),
+            schedule=dict(name="constant", peak=0.1),
+            training=dict(batch_size=32),
+            evaluation=dict(attacks=dict(averaged=dict(name="fgsm", through="average"))),
+        )
+    )
+    direct = chain(
+        (
+            rain(bicubic(), reach=0.3),
+            choose((bit_depth(), jpeg(quality=30)), weights=(1.0, 3.0)),
+        )
+    )
+    assert built.network.random
+    assert built.assembly.forms == ("classifier", *direct.surrogates)
+    classifier = models.cnn(classes=10, widths=(4,), hidden=8)
+    images, keys = jax.random.uniform(KEY, (8, *built.splits.train.shape)), jax.random.split(KEY, 8)
+    variables = jax.jit(built.network.init)(KEY, images)
+    logits = [
+        jax.jit(network.apply)(variables, images, keys=keys)[0]
+        for network in (built.network, in_front(direct, classifier))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-6)
+    # As it is saved with a run and read again.
+    assert built.config["defence"] == build.plain(section)
+    assert build.plain(build.config(**json.loads(json.dumps(built.config)))) == built.config
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -166,3 +308,11 @@ def test_a_model_deployed_as_a_mean_of_draws():
 def test_mistakes_are_told(make, says):
     with pytest.raises(UsageError, match=says):
         make()
+
+
+def test_what_draws_nothing_in_any_member_draws_nothing_in_a_chain():
+    random, sure = rain(bicubic(), reach=0.1), jpeg()
+    assert "average" in random.fixed
+    assert chain((random, sure)).fixed == random.fixed
+    assert not chain((random, gaussian_noise(scale=0.1))).fixed
+    assert not choose((random, sure)).fixed

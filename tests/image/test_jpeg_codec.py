@@ -16,6 +16,8 @@ from rain_jax.image.jpeg import Rounding
 
 QUALITIES = jnp.array([1, 5, 10, 25, 50, 75, 90, 100])
 SHAPE = (43, 37, 3)  # odd, and its last blocks are cut on both sides
+# Steps far from symmetric, for luma and chroma.
+OWN = np.sort(np.random.default_rng(2).integers(1, 90, (2, 8, 8)), axis=1)
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
@@ -92,17 +94,37 @@ def test_the_result_is_what_a_file_holds(image, subsampling):
         agree(as_levels(ours), theirs)
 
 
+@partial(jax.jit, static_argnames="subsampling")
+def twice_by_each(image, lumas, chromas, subsampling):
+    """The image through each pair of tables, and what comes of that by the same pair once more."""
+    codec = jax.vmap(partial(ops.jpeg, subsampling=subsampling), (None, 0, 0))
+    once = codec(image, lumas, chromas)
+    again = jax.vmap(partial(ops.jpeg, subsampling=subsampling))(once, lumas, chromas)
+    return once, again
+
+
 @pytest.mark.parametrize("subsampling", ["444", "420"])
-def test_photographs_come_back_as_from_a_file_and_again_nearly_the_same(photographs, subsampling):
+def test_photographs_come_back_as_from_a_file_at_every_quality_and_by_any_table(
+    photographs, subsampling
+):
+    standard = np.stack(jax.vmap(ops.standard_tables)(jnp.arange(1, 101)), axis=1)
+    steps = np.concatenate([standard, OWN[None], np.swapaxes(OWN, 1, 2)[None]])
+    written = [{"quality": quality} for quality in range(1, 101)]
+    # No quality beside them: Pillow would scale the tables by it.
+    written += [{"qtables": pair.reshape(2, 64).astype(int).tolist()} for pair in steps[100:]]
     for image in photographs:
-        for quality in (10, 50, 90):
-            once = at_quality(floats(image), quality, subsampling)
-            theirs = filed(
-                image, quality=quality, subsampling=f"4:{subsampling[1]}:{subsampling[2]}"
-            )
-            agree(as_levels(once), theirs)
-            again = at_quality(once, quality, subsampling)
-            assert np.mean(np.abs(as_levels(again) - as_levels(once))) <= 1
+        found = twice_by_each(floats(image), steps[:, 0], steps[:, 1], subsampling)
+        once, again = map(as_levels, found)
+        theirs = [
+            filed(image, **options, subsampling=f"4:{subsampling[1]}:{subsampling[2]}")
+            for options in written
+        ]
+        # At the lowest qualities of halved chroma too, where other arithmetic shows most.
+        for pair in zip(once, theirs, strict=True):
+            agree(*pair)
+        assert np.all(np.mean(np.abs(again - once), axis=(1, 2, 3)) <= 1)
+        # Steps on their side are others, so which way they lie is seen.
+        assert np.mean(np.abs(theirs[-1] - once[-2])) > 0.5
 
 
 def test_grey_images_come_back_as_from_a_file_and_need_no_chroma_table():
@@ -114,15 +136,15 @@ def test_grey_images_come_back_as_from_a_file_and_need_no_chroma_table():
 
 
 def test_tables_of_ones_own_are_applied_vertical_frequency_first():
-    draw = np.random.default_rng(2)
-    luma, chroma = np.sort(draw.integers(1, 90, (2, 8, 8)), axis=1)  # far from symmetric
+    luma, chroma = OWN
+    image = soft((43, 43, 3))  # square, so that on its side it is the same program's
     theirs = filed(
-        soft(), qtables=[luma.ravel().tolist(), chroma.ravel().tolist()], subsampling="4:4:4"
+        image, qtables=[luma.ravel().tolist(), chroma.ravel().tolist()], subsampling="4:4:4"
     )
-    coded = jax.jit(ops.jpeg)(floats(soft()), jnp.float32(luma), jnp.float32(chroma))
+    coded = jax.jit(ops.jpeg)(floats(image), jnp.float32(luma), jnp.float32(chroma))
     agree(as_levels(coded), theirs)
     # An image on its side needs its tables on their side.
-    turned = jnp.swapaxes(floats(soft()), 0, 1)
+    turned = jnp.swapaxes(floats(image), 0, 1)
     with_turned = jax.jit(ops.jpeg)(turned, jnp.float32(luma.T), jnp.float32(chroma.T))
     # (libjpeg's two axes are rounded in turn, so this is not exact.)
     apart = np.abs(as_levels(jnp.swapaxes(with_turned, 0, 1)) - as_levels(coded))

@@ -30,6 +30,32 @@ def test_a_pick_is_one_of_its_window_uniformly_and_the_mean_is_its_expectation()
     np.testing.assert_allclose(ops.mean_pool(IMAGE), windows(IMAGE).mean(-1), atol=1e-6)
 
 
+def largest_of_each_window(image):
+    """Max-pooling by two, in NumPy."""
+    return np.maximum(
+        np.maximum(image[::2, ::2], image[::2, 1::2]),
+        np.maximum(image[1::2, ::2], image[1::2, 1::2]),
+    )
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_picks_are_the_authors_masked_maximum_for_the_same_winners(per_channel, key):
+    """Noise is largest at a window's winner; all others go to minus infinity, and are pooled away.
+
+    (The authors multiply by the mask, so that the others are zero and images must not be negative.)
+    """
+    pick = jax.jit(lambda image: ops.random_pick(key, image, per_channel=per_channel))
+    draw = np.random.default_rng(8)
+    # What the key picks hangs on no pixel, so an image of places tells it.
+    corners = np.tile(np.arange(4.0, dtype=np.float32).reshape(2, 2, 1), (9, 7, 3))
+    winners = np.repeat(np.repeat(pick(corners), 2, axis=0), 2, axis=1)
+    noise = draw.uniform(size=corners.shape) + 5.0 * (corners == winners)
+    most = np.repeat(np.repeat(largest_of_each_window(noise), 2, axis=0), 2, axis=1)
+    image = draw.normal(size=corners.shape).astype(np.float32)
+    masked = np.where(noise == most, image, -np.inf)
+    np.testing.assert_array_equal(pick(image), largest_of_each_window(masked))
+
+
 def test_channels_are_picked_apart_or_together():
     # Each pixel says in all channels where it is; channels agree by chance one time in four.
     places = jnp.broadcast_to(jnp.arange(64 * 64.0).reshape(64, 64, 1), (64, 64, 2)) / 4096
