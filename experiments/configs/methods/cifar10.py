@@ -15,7 +15,9 @@ targeted APGD (50 steps for each of 9 classes) and Square (1,000 queries). For o
 `--config.seed=1`; for SENSE's trade-off `--config.method.threshold=0.3` (the paper's c), for that
 of TRADES `--config.method.beta=3`, for AFD's `--config.evaluation.condition=0.5` of
 `experiments.evaluate`. Any defence goes in front of any method: `--config.defence.name=jpeg`.
-Results: not measured yet.
+
+Results in per cent, clean and worst case, seed 0: natural 69.4, 0.0; pgd_at 46.6, 24.4; trades 51.0,
+24.0; sense 68.2, 1.4 (README, "Training methods"). The others: not measured yet.
 """
 
 import ml_collections
