@@ -190,8 +190,15 @@ def calls_seen(folder):
     return names
 
 
+def memory_of(state):
+    """Where each leaf lies, device by device."""
+    shards = [part.data for leaf in jax.tree.leaves(state) for part in leaf.addressable_shards]
+    return [data.unsafe_buffer_pointer() for data in shards]
+
+
 @pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
 def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping, config, tmp_path):
+    """Nor on the device: the state is donated, and the new one lies where the old one was."""
     experiment = build.experiment(runpy.run_path(str(config))["get_config"]())
     devices = place(mapping, choose_devices(8))
     plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
@@ -205,7 +212,10 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     step = steps.make_step(experiment, method, plan, devices)
     feeds = steps.feed(experiment, plan, keys, devices, 0)
     for _ in range(2):  # compiles, and takes its own results as arguments for the first time
-        state, metrics = step(state, next(feeds))
+        old, before = state, memory_of(state)
+        state, metrics = step(old, next(feeds))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert memory_of(state) == before
     jax.block_until_ready(metrics)
 
     compiled = []

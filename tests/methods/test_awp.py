@@ -1,5 +1,7 @@
 """Adversarial weight perturbation against its equation, around any objective."""
 
+from functools import partial
+
 import by_hand
 import chex
 import jax
@@ -12,7 +14,7 @@ from rain_jax.checks import UsageError
 from rain_jax.methods.awp import awp
 from rain_jax.norms import linf
 from rain_jax.parallel import choose_devices, place, psum
-from rain_jax.types import Batch, Threat
+from rain_jax.types import Batch, Network, Threat
 
 NETWORK = models.cnn(3, widths=(4,), hidden=4, batch_norm=True)
 THREAT = Threat(linf, 0.05)
@@ -49,6 +51,64 @@ def test_by_hand(key):
     assert loss(there) > loss({"weight": weight}) + 0.1
     expected = by_hand.slopes(loss, there)["weight"]
     np.testing.assert_allclose(gradient["weight"], expected, rtol=1e-5, atol=1e-5)
+
+
+def two_layers():
+    """A network of two kernels and two biases, and parameters of unlike sizes for it."""
+
+    def apply(variables, images, train=False, axis_name=None, keys=None):
+        params, flat = variables["params"], images.reshape(len(images), -1)
+        product = partial(jnp.matmul, precision="highest")
+        inner = jnp.tanh(product(flat, params["first"]) + params["inner"][None])
+        return product(inner, params["second"]) + params["last"][None], {}
+
+    draw = np.random.default_rng(2).standard_normal
+    sizes = {"first": (4, 5), "inner": (5,), "second": (5, 3), "last": (3,)}
+    scales = {"first": 1.0, "inner": 0.5, "second": 3.0, "last": 0.5}
+    return Network(lambda key, images: {}, apply, 3), {
+        name: scales[name] * draw(size) for name, size in sizes.items()
+    }
+
+
+def test_by_hand_around_an_attack_with_several_kernels(key):
+    """PGD against W, then V = gamma |W| G / |G| kernel by kernel, then the gradient at W + V."""
+    network, params = two_layers()
+    image = jax.random.uniform(key, (6, 2, 2, 1))
+    pixels, radius, gamma = np.asarray(image, np.float64).reshape(6, 4), 0.1, 0.2
+
+    def losses(params, pixels):
+        inner = np.tanh(pixels @ params["first"] + params["inner"])
+        log_p = by_hand.log_softmax(inner @ params["second"] + params["last"])
+        return -log_p[np.arange(6), by_hand.LABEL]
+
+    found = {"pixels": pixels}
+    for _ in range(2):
+        slope = by_hand.slopes(lambda at: np.sum(losses(params, at["pixels"])), found)["pixels"]
+        change = found["pixels"] + 0.08 * np.sign(slope) - pixels
+        found = {"pixels": np.clip(pixels + np.clip(change, -radius, radius), 0, 1)}
+
+    def loss(params):
+        return np.sum(losses(params, found["pixels"])[by_hand.VALID])
+
+    uphill, there = by_hand.slopes(loss, params), dict(params)
+    for name in ("first", "second"):
+        weight, slope = params[name], uphill[name]
+        there[name] = weight + gamma * np.linalg.norm(weight) * slope / np.linalg.norm(slope)
+
+    attack = attacks.pgd(Threat(linf, radius), steps=2, step_size=0.08, start="clean", keep="last")
+    objective = awp(methods.adversarial(network, attack), gamma=gamma)
+    (value, (_, metrics)), gradient = jax.value_and_grad(objective, has_aux=True)(
+        by_hand.f32(params), {}, key, by_hand.ROWS._replace(image=image)
+    )
+    np.testing.assert_allclose(value, loss(there), rtol=1e-5)
+    for name, expected in by_hand.slopes(loss, there).items():
+        np.testing.assert_allclose(gradient[name], expected, rtol=1e-5, atol=1e-5)
+    furthest = np.max(np.abs(found["pixels"] - pixels), axis=1)[by_hand.VALID]
+    np.testing.assert_allclose(metrics["moved"], np.sum(furthest), rtol=1e-5)
+    # Both parts of the adversary are worth something, and so is each kernel.
+    assert np.sum(losses(params, pixels)[by_hand.VALID]) + 0.1 < loss(params)
+    for name in ("first", "second"):
+        assert loss({**there, name: params[name]}) + 0.1 < loss(there)
 
 
 def test_gamma_zero_is_the_objective_itself(parts, key):

@@ -80,6 +80,49 @@ def test_the_first_replay_is_natural_training_and_the_second_sees_fgsm():
     np.testing.assert_allclose(perturbed, images, atol=1e-6)
 
 
+def remembering():
+    """A learning rate of zero: an optimiser whose state is the last gradient."""
+    nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    return optax.GradientTransformation(
+        nothing, lambda gradient, state, params=None: (nothing(gradient), gradient)
+    )
+
+
+def test_without_replays_and_on_one_batch_it_is_training_on_fgsm_and_then_on_pgd():
+    """While the weights stay, each step learns from one step of ascent more, from the image itself.
+
+    Through batch statistics, which attacks in the mode "train" see and move as these steps do.
+    """
+    network, shape = models.cnn(3, widths=(2,), hidden=4, batch_norm=True), (6, 4, 4, 1)
+    natural = methods.natural(network)
+    method = free(natural, THREAT, remembering(), batch_shape=shape, replays=1)
+    batch = next(batches(1, shape))
+    # Away from the bounds of pixels, at which the two treat a perturbation differently.
+    batch = batch._replace(image=0.2 + 0.6 * batch.image)
+    variables = network.init(jax.random.key(0), batch.image)
+    state, step = method.init(variables), jax.jit(method.step)
+    pgd = attacks.pgd(THREAT, steps=2, step_size=THREAT.radius, start="clean", keep="last")
+    seen = [
+        natural,
+        methods.adversarial(network, attacks.fgsm(THREAT), batch_norm="train"),
+        methods.adversarial(network, pgd, batch_norm="train"),
+    ]
+    params, model_state, losses = variables["params"], {**variables}, []
+    del model_state["params"]
+    for objective in seen:
+        state, metrics = step(jax.random.key(0), state, batch)
+        told = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        (loss, (after, _)), gradient = told(params, model_state, jax.random.key(1), batch)
+        losses.append(float(loss))
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        mean = jax.tree.map(lambda leaf: leaf / 6, gradient)
+        chex.assert_trees_all_close(state.optimiser.optimiser, mean, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(state.model_state, after, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(state.params, params)
+    # Each step of ascent is worth something: no two of the three are alike.
+    assert losses[0] < 0.9 * losses[1] < 0.9 * losses[2]
+
+
 def test_the_perturbation_keeps_to_another_norm_as_well():
     threat = Threat(l2, 0.3)
     method = free(NATURAL, threat, optax.sgd(RATE), batch_shape=SHAPE, replays=3)

@@ -1,5 +1,6 @@
 """Laws of every training method, and natural and adversarial training themselves."""
 
+import by_hand
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import pytest
 
 from rain_jax import attacks, methods, models
 from rain_jax.checks import UsageError
+from rain_jax.defences import resize_and_pad
+from rain_jax.defences.network import in_front
+from rain_jax.methods.awp import awp
 from rain_jax.methods.common import Staged, attack_batch
 from rain_jax.methods.rat import with_perturbations
 from rain_jax.norms import linf
@@ -126,6 +130,75 @@ def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, key):
         jax.device_get(gradient), jax.device_get(alone[2]), rtol=1e-3, atol=1e-3
     )
     chex.assert_trees_all_close(jax.device_get(after), jax.device_get(alone[3]), rtol=1e-4)
+
+
+# All that climb a gradient, AWP around one of them, and FAT without noise, which is no climbing.
+CLIMBING = {
+    **{name: make for name, make in SMALL.items() if name not in ("natural", "rat")},
+    "awp": lambda network: awp(SMALL["adversarial"](network), gamma=0.1),
+    "fat": lambda network: methods.fat(network, THREAT, steps=3, step_size=0.1, noise=0.0),
+}
+
+
+def attacked(found):
+    """The images after the attack, in what the first stage of any method finds."""
+    if hasattr(found, "images"):
+        return found.images
+    first, second = found  # of SENSE (batch, what it found), of AWP (found, shifts)
+    return second.image if hasattr(second, "image") else first.images
+
+
+@pytest.fixture(scope="module")
+def defended(batch):
+    """A linear network behind a random defence, its variables, and labels that it gets right.
+
+    The defence keeps the odd rows and columns, at a random place on grey, mirrored or not.
+    """
+    draw = lambda key, images: 0.3 * jax.random.normal(key, (images[0].size, 3))
+    linear = by_hand.LINEAR._replace(
+        init=lambda key, images: {"params": {"weight": draw(key, images)}}
+    )
+    network = in_front(resize_and_pad(smallest=0.5, canvas=0.6), linear)
+    assert network.random
+
+    @jax.jit
+    def made(key):
+        variables = network.init(key, batch.image)
+        keys = jax.random.split(key, len(batch.image))
+        return variables, network.apply(variables, batch.image, keys=keys)[0]
+
+    variables, logits = made(jax.random.key(0))
+    # SENSE and FAT leave images alone that are misclassified to begin with.
+    return network, variables, batch._replace(label=jnp.argmax(logits, -1))
+
+
+@pytest.mark.parametrize("name", CLIMBING)
+def test_an_attack_climbs_through_a_random_defence_and_the_method_learns(name, defended, key):
+    """Pixels that the defence drops have no gradient: they stay where the attack began."""
+    network, variables, batch = defended
+    state = {kind: held for kind, held in variables.items() if kind != "params"}
+    objective = CLIMBING[name](network)
+
+    @jax.jit
+    def step(params):
+        found, after = objective.find(params, state, key, batch, None, 0)
+        learn = jax.value_and_grad(objective.learn, has_aux=True)
+        return attacked(found), learn(params, after, key, found, None)
+
+    params = variables["params"]
+    images, told = step(params)
+    # Weights of zero have no gradient either: there the attack ends where it began.
+    began, _ = step(jax.tree.map(jnp.zeros_like, params))
+    moved = np.abs(images - began) > 1e-6
+    kept = np.zeros(moved.shape, bool)
+    kept[:, 1::2, 1::2] = True
+    assert not np.any(moved & ~kept)
+    assert np.mean(moved[kept]) > 0.8
+    (loss, _), gradient = told
+    assert bool(jnp.isfinite(loss))
+    slope = np.asarray(gradient["classifier"]["weight"])
+    assert np.all(np.isfinite(slope))
+    assert np.all(np.any(slope != 0, axis=0))
 
 
 def test_natural_is_the_sum_of_cross_entropies(batch, parts, key):

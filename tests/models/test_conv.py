@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
+from sklearn.datasets import load_digits
 
+from rain_jax import attacks, methods, models, optimisers, training
 from rain_jax.models import conv
 from rain_jax.models.conv import CANONICAL, conv_general_dilated, loop_safe_conv
+from rain_jax.norms import l2, linf
+from rain_jax.types import Batch, Threat
 
 # size, kernel, stride, padding, dilation, channels in and out. Stride 2 on an even size with one
 # pixel of padding leaves slack; so do 3 on 8 and 2 on 7 under an even kernel.
@@ -333,3 +337,58 @@ def test_a_loop_over_images_computes_no_weight_gradients() -> None:
     climb = lambda _, x: x + 0.1 * jax.vmap(one)(x)
     text = jax.jit(lambda x: lax.fori_loop(0, 3, climb, x)).lower(x).compile().as_text()
     assert text.count(" convolution(") == 2  # forward, and back to the image
+
+
+def trained_on_digits() -> tuple[set[Any], Any]:
+    """Layouts of a program of adversarial training and PGD; its losses, and who was right."""
+    digits = load_digits()
+    images = jnp.asarray(digits.images[..., None] / 16, jnp.float32)
+    labels = jnp.asarray(digits.target)
+    steps, size = 15, 64
+    # Wide enough for two pixels at once, and its second kernel is larger than its maps.
+    network = models.cnn(10, widths=(16, 16), hidden=16, batch_norm=True)
+    # In L2 a step changes as little as its gradient does. Signs leap where a gradient is zero but
+    # for rounding, and from there on two runs would be two.
+    objective = methods.adversarial(network, attacks.fgsm(Threat(l2, 0.5)))
+    method = training.minimise(objective, optimisers.sgd(0.1))
+    parts = jnp.arange(steps * size).reshape(steps, size)
+    rows = steps * size + jnp.arange(200)
+
+    def batch(index: jax.Array) -> Batch:
+        return Batch(images[index], labels[index], index, jnp.ones(len(index), bool))
+
+    def learn(state: training.TrainState, parts: jax.Array) -> Any:
+        def step(state: training.TrainState, index: jax.Array) -> Any:
+            state, metrics = method.step(jax.random.key(1), state, batch(index))
+            return state, metrics["loss"] / size
+
+        state, losses = lax.scan(step, state, parts)
+        variables = training.variables_of(training.model_of(state))
+        model = lambda key, image: network.apply(variables, image[None])[0][0]
+        pgd = attacks.pgd(Threat(linf, 0.1), steps=3)
+        attack = lambda key, x, y: pgd(key, model, x, y)
+        keys = jax.random.split(jax.random.key(2), len(rows))
+        found = jax.vmap(attack)(keys, images[rows], labels[rows])
+        logits = [network.apply(variables, x)[0] for x in (images[rows], found)]
+        return losses, [jnp.argmax(each, 1) == labels[rows] for each in logits]
+
+    state = method.init(network.init(jax.random.key(0), images[:1]))
+    traced = jax.jit(learn).trace(state, parts)
+    used = {each.params["dimension_numbers"] for each in convolutions(traced.jaxpr.jaxpr)}
+    return used, jax.device_get(traced.lower().compile()(state, parts))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about what is for CPU")
+def test_a_network_trains_and_stands_as_it_does_by_lax() -> None:
+    """Loss by loss on scikit-learn's digits, and then image by image under PGD, or nearly."""
+    layouts, (losses, right) = trained_on_digits()
+    with conv.by_lax():
+        layouts_by_lax, (losses_by_lax, right_by_lax) = trained_on_digits()
+    assert len(layouts) < len(layouts_by_lax)  # these are two programs
+    np.testing.assert_allclose(losses, losses_by_lax, rtol=1e-4)
+    assert losses[-1] < 0.7 * losses[0]
+    for ours, theirs in zip(right, right_by_lax, strict=True):
+        assert 20 < np.sum(theirs) < 200  # better than chance
+        # A leap of a sign may decide about the image that it is in.
+        assert np.sum(ours != theirs) <= 2
+    assert np.sum(right[1]) < np.sum(right[0])
