@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import optax
 
-from experiments import defended, ladder, looks, rehearsal, settings
+from experiments import corrupted, defended, ladder, looks, rehearsal, settings
 from experiments.schema import (
     REGISTRIES,
     call,
@@ -129,6 +129,8 @@ def config(**sections: Any) -> ml_collections.ConfigDict:
     evaluation["suite"] = filled_member(suites, evaluation.get("suite"))
     if isinstance(evaluation.get("ladder"), dict):
         evaluation["ladder"] = filled(ladder.Ladder, evaluation["ladder"])
+    if isinstance(evaluation.get("corruption"), dict):
+        evaluation["corruption"] = filled(settings.Corrupted, evaluation["corruption"])
     # Not type-safe in ml_collections' sense, which knows the types of values (60 epochs, so never
     # half of one); the signatures know better, and `experiment` asks them.
     return ml_collections.ConfigDict(whole, type_safe=False)
@@ -329,6 +331,10 @@ def experiment(whole: Any) -> Experiment:
     objective_of(assembled(10), 10**3)
 
     splits: data.Splits = call("config.data", data.load, spec["data"])
+    corruption = parts["evaluation"].corruption
+    if corruption is not None:
+        asked = call("config.evaluation.corruption", settings.Corrupted, corruption)
+        splits = splits._replace(test=corrupted.corrupted(splits.test, asked))
     if parts["training"].batch_size > splits.train.size:
         raise UsageError(
             f"config.training.batch_size={parts['training'].batch_size}: expected at most the "

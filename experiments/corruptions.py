@@ -13,7 +13,6 @@ command goes on behind the last one, and one that asks for more looks at what is
 """
 
 import json
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ import numpy as np
 from experiments import build, cache, loading, workdir
 from experiments import corruption_scores as scores
 from experiments.cli import run
+from experiments.corrupted import cell_key, constants_of, frost_of, root_key
 from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
 from experiments.defended import logits_fn_of
@@ -40,10 +40,7 @@ from rain_jax.checks import UsageError, one_of, within
 from rain_jax.image.corruptions import (
     FAMILIES,
     SEVERITIES,
-    Constants,
     Corruption,
-    Frost,
-    frosted,
 )
 from rain_jax.parallel import (
     Devices,
@@ -56,10 +53,6 @@ from rain_jax.parallel import (
 )
 from rain_jax.types import Array, AxisName, Batch, Key, Variables
 
-# Constants were published for 32 and for 224 pixels: up to here the smaller ones are nearer.
-SMALL = 64
-# Of the authors' six photographs of frost their code draws among these.
-FROSTS = 5
 # Of the judge's key; those of families are checksums of their names.
 JUDGE = 0
 
@@ -139,17 +132,6 @@ class Corruptions:
         return [(f, severity) for f in self.asked_families for severity in self.asked_severities]
 
 
-def root_key(seed: int) -> Key:
-    """The root of all draws here; training and other evaluations draw nothing from it."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"corruptions"))
-
-
-def cell_key(seed: int, family: str, severity: int) -> Key:
-    """That of a family at one severity, whichever others stand beside it."""
-    key = jax.random.fold_in(root_key(seed), zlib.crc32(family.encode()))
-    return jax.random.fold_in(key, severity)
-
-
 def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
     """A complete config with some values replaced, checked."""
     spec = {**build.plain(config), **dict(changes)}
@@ -193,41 +175,10 @@ def model_of(folder: Path, devices: Devices) -> Model:
     return Model(experiment, devices.replicate(variables), step, digest_of(variables), program)
 
 
-def constants_of(asked: Corruptions, source: data.Source) -> Constants:
-    """Those that are asked for, or the nearer ones."""
-    if asked.constants != "auto":
-        return asked.constants
-    return "cifar" if min(source.shape[:2]) <= SMALL else "imagenet"
-
-
-def frost_of(asked: Corruptions, constants: Constants) -> Frost | None:
-    """The photographs of frost, where there are any."""
-    if asked.frost is None:
-        return None
-    path = Path(asked.frost).expanduser()
-    if not path.exists():
-        raise UsageError(f"config.frost={asked.frost}: no such file or folder")
-    files = sorted(path.iterdir())[:FROSTS] if path.is_dir() else [path]
-    return frosted([_pixels(file) for file in files], constants=constants)
-
-
-def _pixels(file: Path) -> np.ndarray:
-    from PIL import Image as pillow
-
-    try:
-        with pillow.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except Exception as error:  # by format and damage: OSError, SyntaxError, ValueError, ..
-        raise UsageError(
-            f"config.frost: {file} cannot be read: expected a photograph "
-            f"({' '.join(str(error).split())})"
-        ) from error
-
-
 def corrupters(asked: Corruptions, source: data.Source, devices: Devices) -> dict[str, Any]:
     """A program for each family, `(key, severity, batch) -> images`, and one for all severities."""
     constants = constants_of(asked, source)
-    photographs = frost_of(asked, constants)
+    photographs = frost_of(asked.frost, constants)
 
     def program(corruption: Corruption, given: dict[str, Any]) -> Any:
         def body(

@@ -120,6 +120,7 @@ def described(
         "draws": experiment.evaluation.draws,
         "eight_bit": experiment.evaluation.eight_bit,
         "condition": experiment.evaluation.condition,
+        "corruption": experiment.evaluation.corruption,
         "model_info": model_info(experiment, measured),
         "provenance": provenance(),
     }

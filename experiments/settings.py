@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from rain_jax import data
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, one_of, within
+from rain_jax.image.corruptions import FAMILIES, SEVERITIES
 from rain_jax.types import Image, Key
 
 
@@ -136,6 +137,33 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Corrupted:
+    """Test images under a common corruption, as `experiments.corruptions` makes them.
+
+    `family` is one of `rain_jax.image.corruptions.FAMILIES`, `severity` 1 to 5. `constants` are
+    those of ImageNet-C or CIFAR-10-C, by default whichever were made for images of about this size;
+    `frost` is a file, or a folder, of photographs for the family of that name.
+    """
+
+    family: str
+    severity: int
+    seed: int = 0
+    constants: Literal["auto", "imagenet", "cifar"] = "auto"
+    frost: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("config.evaluation.corruption.family", self.family, FAMILIES)
+        ends = SEVERITIES[0], SEVERITIES[-1]
+        within("config.evaluation.corruption.severity", self.severity, *ends)
+        within("config.evaluation.corruption.seed", self.seed, 0, 2**31 - 1)
+        if self.family == "frost" and self.frost is None:
+            raise UsageError(
+                "config.evaluation.corruption.frost is missing: expected photographs of frost, a "
+                "file or a folder"
+            )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is measured on the test images: `attacks` maps names of columns to attacks.
 
@@ -162,7 +190,8 @@ class Evaluation:
     marks the numbers where it finds it; the ladder has checks of its own.
 
     `condition` is what a network with `modulation` is told, by default what its training left: one
-    number for all images, which attackers know.
+    number for all images, which attackers know. `corruption`, see `Corrupted`, makes other images
+    of those for testing, and attacks begin at them.
     """
 
     attacks: dict[str, dict[str, Any]]
@@ -179,6 +208,7 @@ class Evaluation:
     save_images: bool = True
     checks: bool = True
     condition: float | None = None
+    corruption: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.condition is not None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tfds_fixture
 
-from experiments import build, cli, corruptions, loading, train, workdir
+from experiments import build, cli, corrupted, corruptions, loading, train, workdir
 from experiments.corruption_scores import ALEXNET, Errors, compared
 from experiments.corruptions import Corruptions
 from experiments.lines import append
+from experiments.settings import Corrupted
 from rain_jax import data
 from rain_jax.checks import UsageError
 from rain_jax.image.corruptions import FAMILIES
@@ -69,10 +70,51 @@ def test_counts_are_those_of_the_corrupted_test_images(run, model):
     np.testing.assert_array_equal(seen["clean", 0], np.argmax(clean, -1) == batch.label)
     for name, severity in asked.cells:
         corruption = partial(FAMILIES[name], constants="cifar")  # nearer to 8 pixels
-        keys = image_keys(corruptions.cell_key(3, name, severity), batch.index)
+        keys = image_keys(corrupted.cell_key(3, name, severity), batch.index)
         worse = jax.jit(jax.vmap(corruption, (0, 0, None)))(keys, images, severity)
         logits = experiment.network.apply(variables, worse)[0]
         np.testing.assert_array_equal(seen[name, severity], np.argmax(logits, -1) == batch.label)
+
+
+def test_an_evaluation_of_corrupted_images_is_of_those_that_the_study_makes(
+    run, model, monkeypatch
+):
+    monkeypatch.setattr(corrupted, "_BLOCK", 20)
+    experiment, variables = model
+    asked = Corruptions(families=("gaussian_noise",), severities=(4,), seed=3)
+    seen = corruptions.measure(asked, opened(run))["run"]["gaussian_noise", 4]
+    test = experiment.splits.test
+    made = corrupted.corrupted(test, Corrupted("gaussian_noise", 4, seed=3))
+    assert made.name == f"{test.name}, gaussian_noise 4"
+    images, labels = (np.stack(some) for some in zip(*map(made.read, range(IMAGES)), strict=True))
+    logits = experiment.network.apply(variables, images)[0]
+    np.testing.assert_array_equal(seen, np.argmax(logits, -1) == labels)
+    # In any order, and behind the first block as in it.
+    for number in (test.size - 1, 3, 25, 0):
+        image, label = made.read(number)
+        again = corrupted.corrupted(test, Corrupted("gaussian_noise", 4, seed=3)).read(number)
+        np.testing.assert_array_equal(image, again[0])
+        assert label == again[1] == test.read(number)[1]
+        if number < IMAGES:
+            np.testing.assert_array_equal(image, images[number])
+    other = corrupted.corrupted(test, Corrupted("gaussian_noise", 4, seed=4)).read(3)[0]
+    assert np.mean(np.abs(other - images[3])) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(family="fogg", severity=1), "did you mean 'fog'"),
+        (dict(family="fog", severity=6), r"expected a number in \[1, 5\]"),
+        (dict(family="frost", severity=1), "expected photographs of frost"),
+        (dict(family="fog"), "severity is missing"),
+        (dict(family="fog", severity=1, sead=2), "did you mean 'seed'"),
+    ],
+)
+def test_mistakes_in_a_corruption_are_met_before_anything_runs(run, change, message):
+    whole = workdir.read_config(run)
+    with pytest.raises(UsageError, match=message):
+        build.experiment(build.changed(whole, [("evaluation.corruption", change)]))
 
 
 def test_batches_and_what_else_is_looked_at_change_nothing(run):
@@ -155,14 +197,14 @@ def test_frost_takes_photographs_or_is_left_out(run, tmp_path):
     for number in range(7):
         pillow.fromarray(ice).save(tmp_path / f"{number}.png")
     asked = Corruptions(families="frost", severities=5, frost=str(tmp_path), batch_size=IMAGES)
-    photographs = corruptions.frost_of(asked, "cifar")
+    photographs = corrupted.frost_of(asked.frost, "cifar")
     assert photographs.sizes.tolist() == [[12, 14]] * 5
     assert len(corruptions.measure(asked, opened(run))["run"]["frost", 5]) == IMAGES
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(UsageError, match=r"0\.png cannot be read"):
-        corruptions.frost_of(asked, "cifar")
+        corrupted.frost_of(asked.frost, "cifar")
     with pytest.raises(UsageError, match="no such file"):
-        corruptions.frost_of(Corruptions(frost=str(tmp_path / "none")), "cifar")
+        corrupted.frost_of(str(tmp_path / "none"), "cifar")
 
 
 def published(folder, dataset, name, images, labels, shape=(8, 8, 1)):

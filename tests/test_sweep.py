@@ -166,6 +166,26 @@ def test_draws_are_shapes_and_a_defence_stands_in_front(trained, tmp_path):
     np.testing.assert_allclose(stands[3], alone, atol=1e-6)
 
 
+def test_corruptions_are_an_axis_and_cost_no_programs(trained, tmp_path):
+    section = "evaluation.corruption"
+    record, stands = swept(
+        trained, tmp_path, f"sweep.axes.{section}.family=gaussian_noise,contrast",
+        f"sweep.axes.{section}.severity=1,5", f"evaluation.images={COUNT // 2}",
+    )  # fmt: skip
+    assert record["programs"]["groups"] == 1
+    assert record["programs"]["compilations"] == 4
+    cells = [(cell["family"], cell["severity"]) for cell in record["cells"]]
+    assert cells == [(f, s) for f in ("gaussian_noise", "contrast") for s in (1, 5)]
+    clean = [cell["clean"]["accuracy"] for cell in record["cells"]]
+    assert clean[1] < clean[0]
+    for number in (1, 2):
+        family, severity = cells[number]
+        alone = evaluated(trained, [
+            (section, dict(family=family, severity=severity)), ("evaluation.images", COUNT // 2)
+        ])  # fmt: skip
+        np.testing.assert_array_equal(stands[number], alone)
+
+
 def test_runs_are_an_axis_and_one_draw_of_a_random_model_is_flagged(trained, tmp_path):
     twin = shutil.copytree(trained, tmp_path / "twin")
     noisy = ["defence.name=gaussian_noise", "defence.scale=0.2", "evaluation.draws=1"]

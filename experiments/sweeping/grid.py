@@ -153,7 +153,10 @@ def check_axes(asked: Asked, title: str, column: Mapping[str, Any]) -> None:
             f"config.evaluation.attacks.{title}.radius={column['radius']!r}: expected None beside "
             "an axis threat.radius"
         )
-    heads = ("threat.", "network.", "defence.", "ensemble.", f"evaluation.attacks.{title}.")
+    heads = (
+        "threat.", "network.", "defence.", "ensemble.", f"evaluation.attacks.{title}.",
+        "evaluation.corruption.",
+    )  # fmt: skip
     known = (RUN, "seed", "evaluation.draws", "evaluation.eight_bit")
     for key in asked.sweep.axes:
         if key not in known and not key.startswith(heads):

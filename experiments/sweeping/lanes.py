@@ -130,7 +130,7 @@ class Measurer:
         """What the judge says of a cell's images as they are; attacks have no say in it."""
         one = self.plan.resolved[number]
         own = {k: v for k, v in one.cell.items() if k.startswith(("network.", "defence."))}
-        known = one.run, one.seed, one.model, repr(own)
+        known = one.run, one.seed, one.model, repr(own), repr(one.corruption)
         if known not in self._clean:
             everyone = np.arange(self.plan.source(one).size)
             found = evaluation.as_they_are(self._lanes([number], everyone))

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, defended, loading, sanity, start, workdir
+from experiments import build, corrupted, defended, loading, sanity, settings, start, workdir
 from experiments.journal import code, digest, digest_of, sample_of
+from experiments.schema import call
 from experiments.steps import keys_of
 from experiments.sweeping import grid
 from experiments.sweeping.grid import RUN, Asked, Cell, Parts
@@ -34,6 +35,8 @@ from rain_jax.types import (
 
 # Of a random model, where the config does not say how often it is asked: as in an evaluation.
 _DRAWS = 20
+# The section of what is done to images.
+CORRUPTION = "evaluation.corruption"
 # Images that are looked at for what is certainly a mistake.
 _LOOKED_AT = 16
 
@@ -48,6 +51,12 @@ class Resolved(NamedTuple):
     steps: int  # of its attack
     programs: str  # what its programs turn on
     model: str  # what its judge and its variables turn on
+
+    @property
+    def corruption(self) -> dict[str, Any] | None:
+        """What is done to its images, before any attack."""
+        found: dict[str, Any] | None = self.spec["evaluation"]["corruption"]
+        return found
 
 
 class Plan:
@@ -65,7 +74,12 @@ class Plan:
         for spec in specs:
             one_of("config.sweep.attack", self.title, spec["evaluation"]["attacks"])
             grid.check_axes(asked, self.title, spec["evaluation"]["attacks"][self.title])
-        self.experiments = {run: build.experiment(specs[runs.index(run)]) for run in self.configs}
+        # Images as they are: corruptions are a cell's own.
+        self.experiments = {
+            run: build.experiment(grid.replaced(specs[runs.index(run)], {CORRUPTION: None}))
+            for run in self.configs
+        }
+        self._corrupted: dict[Any, data.Source] = {}
         first = self.experiments[runs[0]]
         self.shape, self.classes = first.splits.test.shape, first.splits.test.classes
         self.images = first.evaluation.images
@@ -90,6 +104,8 @@ class Plan:
             one.model for one, parts in zip(self.resolved, made, strict=True)
             if parts.assembly.network.random
         }  # fmt: skip
+        for one in self.resolved:
+            self.source(one)  # what is wrong with a corruption is met before anything runs
         if asked.sweep.warm and self.along is None:
             raise UsageError("config.sweep.warm: expected an axis threat.radius")
         self._programs: dict[str, Any] = {}
@@ -241,8 +257,15 @@ class Plan:
         return self._digests[one.run, one.model]
 
     def source(self, one: Resolved) -> data.Source:
-        """The images of a cell."""
-        return data.first(self.experiments[one.run].splits.test, self.images)
+        """The images of a cell, corrupted where it says so."""
+        test, asked = self.experiments[one.run].splits.test, one.corruption
+        if asked is not None:
+            known = one.run, repr(asked)
+            if known not in self._corrupted:
+                made = call("config.evaluation.corruption", settings.Corrupted, asked)
+                self._corrupted[known] = corrupted.corrupted(test, made)
+            test = self._corrupted[known]
+        return data.first(test, self.images)
 
     @cached_property
     def _sample(self) -> dict[Path, Any]:
@@ -256,7 +279,8 @@ class Plan:
             "title": self.title, "seed": one.seed, "draws": self.draws(one),
             "settings": grid.signature(one.spec, (), self.title, model=False),
             "weights": self.weights(one), "data": self._sample[one.run],
-            "images": self.source(one).size, "batch_size": self.batch_size, "code": code(),
+            "corruption": one.corruption, "images": self.source(one).size,
+            "batch_size": self.batch_size, "code": code(),
             "jax": jax.__version__, "device": [device.platform, device.device_kind],
             "devices": self.devices.size,
         }  # fmt: skip

@@ -9,15 +9,15 @@
 The network of `cifar10_small.py`, two epochs, attacks of three steps: what two cores do in ten
 minutes a row, and far from converged. As on MNIST rows differ in their method alone, the last
 checkpoint is taken, and the budgets are ours: for the papers' own see `cifar10_resnet18.py` beside
-this file. `pgd_at_jpeg` trains through JPEG, and is attacked through
-it, in training and after. Evaluated on the first 500 test images under PGD-50 with 2 restarts,
-targeted APGD (50 steps for each of 9 classes) and Square (1,000 queries). For other seeds
-`--config.seed=1`; for SENSE's trade-off `--config.method.threshold=0.3` (the paper's c), for that
-of TRADES `--config.method.beta=3`, for AFD's `--config.evaluation.condition=0.5` of
-`experiments.evaluate`. Any defence goes in front of any method: `--config.defence.name=jpeg`.
+this file. `pgd_at_jpeg` trains through JPEG, and is attacked through it, in training and after.
+Evaluated on the first 500 test images under PGD-50 with 2 restarts, targeted APGD (50 steps for
+each of 9 classes) and Square (1,000 queries). For other seeds `--config.seed=1`; for SENSE's
+trade-off `--config.method.threshold=0.3` (the paper's c), for that of TRADES
+`--config.method.beta=3`, for AFD's `--config.evaluation.condition=0.5` of `experiments.evaluate`.
+Any defence goes in front of any method: `--config.defence.name=jpeg`.
 
-Results in per cent, clean and worst case, seed 0: natural 69.4, 0.0; pgd_at 46.6, 24.4; trades 51.0,
-24.0; sense 68.2, 1.4 (README, "Training methods"). The others: not measured yet.
+Results in per cent, clean and worst case, seed 0: natural 69.4, 0.0; pgd_at 46.6, 24.4; trades
+51.0, 24.0; sense 68.2, 1.4 (README, "Training methods"). The others: not measured yet.
 """
 
 import ml_collections
