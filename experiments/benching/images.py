@@ -170,16 +170,20 @@ def _row(
         mapped: Any = devices.map(
             lambda *given, axis_name: function(*given), inputs=split, outputs=True
         )
-        there = [
-            jax.device_put(
-                leaf, NamedSharding(devices.mesh, PartitionSpec(AXIS) if rows else PartitionSpec())
-            )
-            for leaf, rows in zip(arguments, split, strict=True)
-        ]
         # What `map` compiled remembers how it was traced; work is counted in another trace.
-        return Program(mapped.__wrapped__, tuple(there))
+        return Program(mapped.__wrapped__, laid(arguments, split, devices))
 
     return Row(what, ours, peers, alike, images)
+
+
+def laid(arguments: tuple[Any, ...], split: tuple[bool, ...], devices: Devices) -> tuple[Any, ...]:
+    """The arguments as `Devices.map` takes them: rows shared out where `split`, else everywhere."""
+    return tuple(
+        jax.device_put(
+            leaf, NamedSharding(devices.mesh, PartitionSpec(AXIS) if rows else PartitionSpec())
+        )
+        for leaf, rows in zip(arguments, split, strict=True)
+    )
 
 
 def cores(images: int) -> Devices:

@@ -12,7 +12,7 @@ import optax
 
 from experiments.benching import recipe
 from experiments.benching.clock import Program, Row, Side
-from experiments.benching.images import pictures
+from experiments.benching.images import cores, laid, pictures
 from experiments.schema import call, registered
 from rain_jax import attacks, methods, models, norms, optimisers, training
 from rain_jax.checks import UsageError, one_of, within
@@ -22,7 +22,18 @@ from rain_jax.methods.fast import SECOND_LOOK
 from rain_jax.methods.free import free
 from rain_jax.methods.rat import perturbed, with_perturbations
 from rain_jax.parallel import image_keys
-from rain_jax.types import Array, Batch, Key, Method, Metrics, Network, Objective, Threat, Variables
+from rain_jax.types import (
+    Array,
+    AxisName,
+    Batch,
+    Key,
+    Method,
+    Metrics,
+    Network,
+    Objective,
+    Threat,
+    Variables,
+)
 
 Which = Literal[
     "natural", "pgd", "trades", "mart", "sense", "fat", "fast", "n_fgsm", "grad_align", "free",
@@ -147,21 +158,36 @@ class Workload(NamedTuple):
         return training.minimise(loss, optimiser)
 
     def program(self, name: str, attack_steps: int, count: int = 1) -> Program:
-        """So many steps; its results are the sums of metrics of each."""
+        """So many steps; its results are the sums of metrics of each.
+
+        On a CPU each core is a device, as with `--config.parallel.devices`, and takes its share.
+        """
         method = self.method(name, attack_steps)
 
-        def several(state: training.TrainState, key: Key, batch: Batch) -> tuple[Any, Metrics]:
+        def several(
+            state: training.TrainState, key: Key, batch: Batch, axis_name: AxisName = None
+        ) -> tuple[Any, Metrics]:
             if count == 1:
-                return method.step(key, state, batch)
+                return method.step(key, state, batch, axis_name)
             return jax.lax.scan(
-                lambda state, _: method.step(key, state, batch), state, length=count
+                lambda state, _: method.step(key, state, batch, axis_name), state, length=count
             )
 
         variables = self.variables
         if name == "rat":
             variables = with_perturbations(variables, jnp.asarray(perturbations(self.size)))
         state = jax.jit(method.init)(variables)
-        return Program(several, (state, jax.random.key(1), self.batch), True, mean_loss)
+        return shared(several, (state, jax.random.key(1), self.batch), (False, False, True))
+
+
+def shared(function: Any, arguments: tuple[Any, ...], split: tuple[bool, ...]) -> Program:
+    """A step of a state and a batch, which is `split`, over the cores of a CPU."""
+    (batch,) = (argument for argument, rows in zip(arguments, split, strict=True) if rows)
+    devices = cores(len(batch.index))
+    if devices.size == 1:
+        return Program(function, arguments, True, mean_loss)
+    mapped: Any = devices.map(function, inputs=split, outputs=(False, False))
+    return Program(mapped.__wrapped__, laid(arguments, split, devices), True, mean_loss)
 
 
 def objective(name: str, network: Network, attack_steps: int) -> Objective:
