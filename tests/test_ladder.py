@@ -394,7 +394,7 @@ def test_the_number_is_given_where_all_checks_pass_and_nowhere_else(climbed, pas
 
 
 def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monkeypatch):
-    spared = ["square", "rays", "pgd", "apgd_ce", "apgd_t", "fab_t"]
+    spared = ["rays", "pgd", "apgd_ce", "apgd_t", "fab_t"]
 
     def measured(*changes):
         experiment = experiment_of(tmp_path, *changes)
@@ -410,10 +410,10 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
     monkeypatch.setattr(journal.Pages, "read", spying)
     others = ("evaluation.ladder.sweep_steps", [1])
-    measured(("evaluation.ladder.without", [*spared, "fgsm"]), others)
+    measured(("evaluation.ladder.without", [*spared, "square"]), others)
     assert {"clean", "noise", "far"} <= set(taken)
     taken.clear()
-    measured(("evaluation.ladder.without", [*spared, "fgsm"]), ("evaluation.ladder.steps", 3))
+    measured(("evaluation.ladder.without", [*spared, "square"]), ("evaluation.ladder.steps", 3))
     assert not {"noise", "far"} & set(taken)
 
 

@@ -168,7 +168,10 @@ def test_a_model_in_training_mode_is_refused(experiment_of):
         sanity.refuse(network._replace(apply=training), variables, IMAGES)
 
 
-@pytest.mark.parametrize("changes", [(), [("evaluation.ladder", dict(steps=2, restarts=1))]])
+@pytest.mark.parametrize(
+    "changes",
+    [(), [("evaluation.attacks.pgd", None), ("evaluation.ladder", dict(steps=2, restarts=1))]],
+)
 def test_a_refusal_comes_before_anything_is_measured(experiment_of, tmp_path, changes):
     experiment = experiment_of(lambda key, image: jax.nn.softmax(sound(key, image)), *changes)
     assert (experiment.ladder is None) == (not changes)
