@@ -88,7 +88,7 @@ def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrup
     assert_same(run, uninterrupted)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def experiment(uninterrupted):
     whole = build.changed(read_config(uninterrupted), [])
     changes = [tuple(o.removeprefix("--config.").split("=")) for o in STANDARD]
@@ -145,14 +145,22 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(experiment, tmp_p
     assert again == whole
 
 
+@pytest.fixture(scope="module")
+def measured(experiment, tmp_path_factory):
+    """A folder that holds every block of an evaluation, and the variables."""
+    folder, variables = tmp_path_factory.mktemp("measured"), variables_of(experiment)
+    evaluate.evaluate(experiment, variables, folder, "untrained", 0, finish=False)
+    return folder, variables
+
+
 @pytest.mark.parametrize(
     "change", [("seed", 4), ("threat.radius", 0.11), ("evaluation.suite.steps", 5),
                ("evaluation.block", 24), ("evaluation.draws", 2)]
 )  # fmt: skip
-def test_nothing_of_another_evaluation_is_taken(experiment, tmp_path, change):
+def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, change):
     """Blocks of the first are in the folder; none of them is this one's."""
-    variables = variables_of(experiment)
-    evaluate.evaluate(experiment, variables, tmp_path, "untrained", 0, finish=False)
+    shutil.copytree(measured[0], tmp_path, dirs_exist_ok=True)
+    variables = measured[1]
     other = build.experiment(build.changed(experiment.config, [change]))
     taken = []
     read = journal.Pages.read
