@@ -3,6 +3,8 @@
 import functools
 import threading
 import zlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import numpy as np
 from experiments.settings import Corrupted
 from rain_jax import data
 from rain_jax.checks import UsageError
-from rain_jax.image.corruptions import FAMILIES, Constants, Frost, frosted
+from rain_jax.image.corruptions import FAMILIES, Constants, Corruption, Frost, frosted
 from rain_jax.parallel import image_keys
-from rain_jax.types import Image, Key
+from rain_jax.types import Array, Image, Key
 
 # Constants were published for 32 and for 224 pixels: up to here the smaller ones are nearer.
 SMALL = 64
@@ -49,7 +51,7 @@ def frost_of(frost: str | None, constants: Constants) -> Frost | None:
         return None
     path = Path(frost).expanduser()
     if not path.exists():
-        raise UsageError(f"config.frost={frost}: no such file or folder")
+        raise UsageError(f"frost={frost}: no such file or folder")
     files = sorted(path.iterdir())[:FROSTS] if path.is_dir() else [path]
     return frosted([_pixels(file) for file in files], constants=constants)
 
@@ -62,8 +64,7 @@ def _pixels(file: Path) -> np.ndarray:
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # by format and damage: OSError, SyntaxError, ValueError, ..
         raise UsageError(
-            f"config.frost: {file} cannot be read: expected a photograph "
-            f"({' '.join(str(error).split())})"
+            f"frost: {file} cannot be read: expected a photograph ({' '.join(str(error).split())})"
         ) from error
 
 
@@ -78,7 +79,8 @@ class Made:
         self.source, self.asked = source, asked
         self.program = _program(asked.family, constants_of(asked, source), asked.frost)
         self.key = cell_key(asked.seed, asked.family, asked.severity)
-        self.lock, self.held = threading.Lock(), (-1, np.zeros(0))
+        self.lock = threading.Lock()
+        self.number, self.images, self.labels = -1, np.zeros(0), np.zeros(0, int)  # of the block
         image = jax.ShapeDtypeStruct((1, *source.shape), jnp.float32)
         index = jax.ShapeDtypeStruct((1,), jnp.int32)
         try:  # traced now, so that what does not fit is met before anything is measured
@@ -89,15 +91,14 @@ class Made:
     def __call__(self, place: int) -> tuple[np.ndarray, int]:
         number, row = divmod(place, _BLOCK)
         with self.lock:
-            if self.held[0] != number:
+            if self.number != number:
                 # The last block is filled up with its last image: one shape for all.
                 places = np.minimum(np.arange(_BLOCK) + number * _BLOCK, self.source.size - 1)
-                images = np.stack([self.source.read(int(one))[0] for one in places])
-                index = places.astype(np.int32)
-                made = self.program(self.key, self.asked.severity, index, data.as_float(images))
-                self.held = number, np.asarray(made)
-            image = self.held[1][row]
-        return image, self.source.read(place)[1]
+                images, labels = zip(*(self.source.read(int(one)) for one in places), strict=True)
+                index, given = places.astype(np.int32), data.as_float(np.stack(images))
+                self.images = np.asarray(self.program(self.key, self.asked.severity, index, given))
+                self.number, self.labels = number, np.asarray(labels)
+            return self.images[row], int(self.labels[row])
 
 
 def corrupted(source: data.Source, asked: Corrupted) -> data.Source:
@@ -115,11 +116,16 @@ def _program(family: str, constants: Constants, frost: str | None) -> Any:
     photographs = frost_of(frost, constants)
     given = {} if photographs is None else {"photographs": photographs}
 
-    @jax.jit
-    def program(key: Key, severity: Any, index: Any, images: Any) -> Any:
-        def one(key: Key, image: Image) -> Image:
-            return FAMILIES[family](key, image, severity, constants=constants, **given)
+    return jax.jit(partial(batch_of, FAMILIES[family], constants, given))
 
-        return jax.vmap(one)(image_keys(key, index), images)
 
-    return program
+def batch_of(
+    corruption: Corruption, constants: Constants, given: Mapping[str, Any],
+    key: Key, severity: Any, index: Any, images: Any,
+) -> Array:  # fmt: skip
+    """Images [B, H, W, C] in [0, 1], each corrupted by a key of its place [B]; for a program."""
+
+    def one(key: Key, image: Image) -> Image:
+        return corruption(key, image, severity, constants=constants, **given)
+
+    return jax.vmap(one)(image_keys(key, index), images)

@@ -27,11 +27,11 @@ import numpy as np
 from experiments import build, cache, loading, workdir
 from experiments import corruption_scores as scores
 from experiments.cli import run
-from experiments.corrupted import cell_key, constants_of, frost_of, root_key
+from experiments.corrupted import batch_of, cell_key, constants_of, frost_of, root_key
 from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
 from experiments.defended import logits_fn_of
-from experiments.journal import digest, digest_of, sample_of
+from experiments.journal import code, digest, digest_of, sample_of
 from experiments.lines import append, read
 from experiments.logs import Progress, provenance, write_json
 from experiments.schema import call, filled
@@ -154,7 +154,9 @@ def model_of(folder: Path, devices: Devices) -> Model:
 
     The judge's draws depend on the image, and neither on the corruption nor on the batch.
     """
-    experiment = build.experiment(workdir.read_config(folder))
+    # The images as they are: what its own evaluation does to them is not this study's.
+    plain = build.changed(workdir.read_config(folder), [("evaluation.corruption", None)])
+    experiment = build.experiment(plain)
     variables, step = loading.load(experiment, folder)
     loading.check_finite(variables, f"{folder} at step {step}")
     draws = experiment.evaluation.draws or 1
@@ -185,10 +187,8 @@ def corrupters(asked: Corruptions, source: data.Source, devices: Devices) -> dic
             key: Key, severity: Array, given: dict[str, Any], batch: Batch,
             axis_name: AxisName = None,
         ) -> Array:  # fmt: skip
-            def one(key: Key, image: Array) -> Array:
-                return corruption(key, image, severity, constants=constants, **given)
-
-            return jax.vmap(one)(image_keys(key, batch.index), data.as_float(batch.image))
+            images = data.as_float(batch.image)
+            return batch_of(corruption, constants, given, key, severity, batch.index, images)
 
         mapped = devices.map(body, inputs=(False, False, False, True), outputs=True)
         # Photographs are an argument: as a part of the program they would be compiled with it.
@@ -259,7 +259,11 @@ def identity(asked: Corruptions, model: Model, source: data.Source, size: int) -
         "constants": None if asked.published else constants_of(asked, source),
         **{name: getattr(asked, name) for name in ("seed", "frost", "published")},
         "model": [model.step, model.digest, model.experiment.evaluation.draws],
-        "network": {name: model.experiment.config[name] for name in ("network", "defence")},
+        "network": {n: model.experiment.config[n] for n in ("network", "defence", "ensemble")},
+        "condition": model.experiment.evaluation.condition,
+        "code": code(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
     }
     text = json.dumps(told, sort_keys=True, default=str)
     return digest(np.frombuffer(text.encode(), np.uint8))

@@ -107,10 +107,13 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     print(
         f"evaluation.json says: {100 * known['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     )
-    if not experiment.network.random and known["right"] != value.hits:
-        raise UsageError(
-            f"{folder}: {known['right']} images stood in the evaluation and {value.hits} stand now"
-        )
+    if not experiment.network.random:
+        if known["right"] != value.hits:
+            raise UsageError(
+                f"{folder}: {known['right']} images stood in the evaluation and {value.hits} "
+                "stand now"
+            )
+        return
     apart = abs(known["accuracy"] - float(np.mean(share)))
     if apart > by_chance(share, experiment.evaluation.draws or 1):
         raise UsageError(

@@ -99,10 +99,19 @@ def _apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def refuse_mistakes(experiment: build.Experiment, variables: PyTree) -> None:
     """Asks the deployed model about a few test images, and refuses what `refuse` does."""
     source, room = _looked_at(experiment)
-    batches = data.evaluation_batches(source, source.size)
-    images = np.concatenate([data.as_float(batch.image[batch.valid]) for batch in batches])
-    variables = jax.device_put(jax.tree.map(np.asarray, variables))
-    refuse(experiment.network, variables, images[: max(2, room)])
+    refuse(experiment.network, _placed(variables), _few(source, room))
+
+
+def _placed(variables: PyTree) -> PyTree:
+    """On the one device that looks."""
+    return jax.device_put(jax.tree.map(np.asarray, variables))
+
+
+def _few(source: data.Source, room: int) -> np.ndarray:
+    """The first images, as many as are looked at at once, or two."""
+    few = data.first(source, max(2, room))
+    (batch,) = data.evaluation_batches(few, few.size)
+    return np.asarray(data.as_float(batch.image))
 
 
 def _looked_at(experiment: build.Experiment) -> tuple[data.Source, int]:
@@ -118,10 +127,10 @@ def _looked_at(experiment: build.Experiment) -> tuple[data.Source, int]:
 
 def look(experiment: build.Experiment, variables: PyTree) -> Probe:
     """Attacks a few test images, briefly. Refuses what `refuse` does."""
-    refuse_mistakes(experiment, variables)
     settings, network, threat = experiment.evaluation, experiment.network, experiment.threat
     source, room = _looked_at(experiment)
-    variables = jax.device_put(jax.tree.map(np.asarray, variables))
+    variables = _placed(variables)
+    refuse(network, variables, _few(source, room))
     draws = _DRAWS if network.random else 1
     batches = list(data.evaluation_batches(source, min(source.size, max(1, room // draws))))
 
