@@ -33,6 +33,7 @@ import numpy as np
 
 from experiments import build, cache, train, workdir
 from experiments.cli import run
+from experiments.lines import append, read
 from experiments.logs import Progress, provenance, write_json
 from experiments.proof import Check
 from experiments.sweeping import grid, ledger, side_by_side, told
@@ -79,6 +80,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any] | None:
     # A chain whose end is missing is walked again from its beginning.
     left = [unit for unit in units if any(ids[number] not in done for number in unit)]
     path, count = ledger.path_of(folder, shard), sum(map(len, left))
+    read(path)  # cuts off what a kill left behind of half a line; others' files are theirs
     with Compilations() as compiled, Progress("sweep", count, unit="cell") as bar:
         before, began = (0, 0), time.monotonic()
         for number, one in Measurer(plan).measure(left):
@@ -90,7 +92,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any] | None:
                 "compilations": [compiled.own - before[0], compiled.all - before[1]],
             }
             before, began = (compiled.own, compiled.all), time.monotonic()
-            ledger.append(path, line)
+            append(path, line)
             bar.advance(1, accuracy=float(np.mean(one.stands)))
     lines = ledger.read(folder)
     if any(name not in lines for name in ids):

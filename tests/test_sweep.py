@@ -250,7 +250,7 @@ def assert_same(one, other):
 
 def test_a_killed_sweep_goes_on(trained, numbers, tmp_path, monkeypatch):
     (record, stands), _ = numbers
-    append, written = ledger.append, []
+    append, written = sweep.append, []
 
     def dying(path, line):
         if len(written) == 5:
@@ -258,14 +258,14 @@ def test_a_killed_sweep_goes_on(trained, numbers, tmp_path, monkeypatch):
         append(path, line)
         written.append(line["cell"])
 
-    monkeypatch.setattr(ledger, "append", dying)
+    monkeypatch.setattr(sweep, "append", dying)
     with pytest.raises(KeyboardInterrupt):
         swept(trained, tmp_path, *NUMBERS)
     assert not (tmp_path / "sweep.json").exists()
     with (tmp_path / "sweep.jsonl").open("a") as file:
         file.write('{"of": "half a li')
     rest = []
-    monkeypatch.setattr(ledger, "append", lambda p, one: (append(p, one), rest.append(one["cell"])))
+    monkeypatch.setattr(sweep, "append", lambda p, one: (append(p, one), rest.append(one["cell"])))
     again, verdicts = swept(trained, tmp_path, *NUMBERS)
     assert len(rest) == 12 - 5
     assert all(cell not in written for cell in rest)

@@ -2,12 +2,10 @@
 
 import base64
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.sweeping.lanes import Measured
@@ -34,19 +32,6 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
                     f"{path}:{number}: expected a cell of a sweep; remove the file"
                 ) from None
     return found
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Adds a line, on disk when this returns, behind what is whole; by process 0 alone."""
-    if jax.process_index() != 0:
-        return
-    with path.open("ab+") as file:
-        file.seek(0)
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def packed(measured: Measured) -> dict[str, Any]:
