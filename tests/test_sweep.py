@@ -186,6 +186,24 @@ def test_corruptions_are_an_axis_and_cost_no_programs(trained, tmp_path):
         np.testing.assert_array_equal(stands[number], alone)
 
 
+def test_the_reach_of_a_shift_is_data(trained, tmp_path):
+    rain = dict(name="rain", down="bicubic", upscaler=dict(name="bicubic"))
+    fixed = [("evaluation.draws", 4), ("evaluation.images", COUNT // 2)]
+    record, stands = swept(
+        trained, tmp_path, "defence.name=rain", "defence.down=bicubic",
+        "defence.upscaler.name=bicubic", *(f"{key}={value}" for key, value in fixed),
+        "sweep.axes.defence.reach=0.15,0.3",
+    )  # fmt: skip
+    assert record["data_axes"] == ["reach"]
+    assert record["programs"]["groups"] == 1
+    made = plan.Plan(asked(f"sweep.axes.run={trained}", "sweep.axes.seed=3", "defence.name=rain",
+                           "defence.down=bicubic", "defence.upscaler.name=bicubic",
+                           "defence.reach=0.3"), tmp_path)  # fmt: skip
+    variables = made.variables(made.resolved[0])
+    alone = evaluated(trained, [("defence", {**rain, "reach": 0.3}), *fixed], variables)
+    np.testing.assert_allclose(stands[1], alone, atol=1e-6)
+
+
 def test_runs_are_an_axis_and_one_draw_of_a_random_model_is_flagged(trained, tmp_path):
     twin = shutil.copytree(trained, tmp_path / "twin")
     noisy = ["defence.name=gaussian_noise", "defence.scale=0.2", "evaluation.draws=1"]
