@@ -230,11 +230,13 @@ class Experiment(NamedTuple):
         total, per_epoch = plan.total * replays, plan.per_epoch * replays
         optimiser, average = self.optimiser(total, per_epoch), self.average(total, per_epoch)
         if replays == 1:
-            return training.minimise(self.objective, optimiser, average=average)
+            return training.minimise(
+                self.objective, optimiser, average=average, sums=self.parallel.sums
+            )
         return free(
             self.objective, self.threat, optimiser,
             batch_shape=(plan.batch_size, *self.splits.train.shape),
-            replays=replays, average=average,
+            replays=replays, average=average, sums=self.parallel.sums,
         )  # fmt: skip
 
 

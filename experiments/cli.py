@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import itertools
 import re
 import signal
 import sys
@@ -34,6 +35,10 @@ class Interrupt:
     With several processes JAX's preemption service says at which step all of them stop.
     """
 
+    # Of questions, the same in all processes. The service looks for one number, and must be asked
+    # about each: steps, several of which one dispatch may take, leave numbers out.
+    _asked = itertools.count()
+
     def __init__(self) -> None:
         self.signal: int | None = None
         self._answer = (-1, False)
@@ -59,7 +64,7 @@ class Interrupt:
         """Whether to stop after `step`: one answer for each step, the same in all processes."""
         if self._answer[0] != step:
             if jax.process_count() > 1:
-                stop = bool(multihost_utils.reached_preemption_sync_point(step))
+                stop = bool(multihost_utils.reached_preemption_sync_point(next(self._asked)))
             else:
                 stop = self.signal is not None
             self._answer = (step, stop)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from rain_jax import data
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
+from rain_jax.parallel import Mapping, Sums
 from rain_jax.types import Image, Key
 
 
@@ -58,6 +59,8 @@ class Training:
 
     `feed="resident"` keeps the whole training set on every device and needs no host in the loop;
     "stream" reads through `workers` processes; "auto" takes the first up to a gigabyte.
+    `steps_per_dispatch` steps are one call of one program, which spares the host's share of each
+    where steps are short, and metrics, checkpoints and signals wait for its end.
     With more than one of `replays` every batch is used so often, each time one backward pass for
     the weights and for a perturbation of the images: Free adversarial training, of the method
     `natural`. `tensorboard` writes event files beside metrics.jsonl.
@@ -68,6 +71,7 @@ class Training:
     log_every: int = 50
     feed: Literal["auto", "resident", "stream"] = "auto"
     workers: int = 0
+    steps_per_dispatch: int = 1
     replays: int = 1
     tensorboard: bool = False
 
@@ -76,6 +80,7 @@ class Training:
         within("config.training.batch_size", self.batch_size, 1)
         within("config.training.log_every", self.log_every, 1)
         within("config.training.workers", self.workers, 0, 256)
+        within("config.training.steps_per_dispatch", self.steps_per_dispatch, 1)
         within("config.training.replays", self.replays, 1)
         if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
             raise UsageError(
@@ -249,7 +254,12 @@ class Checkpointing:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many devices (all by default) and by which mapping a step runs on them."""
+    """How many devices (all by default) and by which mapping a step runs on them.
 
-    mapping: Literal["shard_map", "pmap"] = "shard_map"
+    `sums` is what gradients are sent as from one to the other: bfloat16 is half the bytes, and
+    rounds each device's share of a gradient to 8 bits of precision.
+    """
+
+    mapping: Mapping = "shard_map"
     devices: int | None = None
+    sums: Sums = "float32"

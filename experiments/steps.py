@@ -12,6 +12,7 @@ import numpy as np
 from experiments import settings
 from experiments.settings import Plan
 from rain_jax import data, training
+from rain_jax.members import stacked
 from rain_jax.parallel import Devices, image_keys
 from rain_jax.types import Array, AxisName, Batch, Key, Method, PyTree, Variables
 
@@ -110,14 +111,53 @@ def body_of(experiment: Task, method: Method, plan: Plan, devices: int) -> Calla
 
 
 def program_of(body: Callable[..., Any], devices: Devices) -> Any:
-    """Such a step as one program: `(state, (shared, split)) -> (state, metrics)`."""
-    program = devices.map(body, inputs=(False, False, True), outputs=(False, False), donate=(0,))
+    """Such a step as one program: `(state, (shared, splits)) -> (state, metrics)`.
+
+    It takes a step for each of the `splits`, one after the other in one dispatch; metrics have a
+    first axis for them.
+    """
+
+    def dispatch(
+        state: PyTree, shared: PyTree, splits: tuple[PyTree, ...], axis_name: AxisName = None
+    ) -> tuple[PyTree, PyTree]:
+        if len(splits) == 1:
+            state, metrics = body(state, shared, splits[0], axis_name)
+            return state, jax.tree.map(lambda leaf: leaf[None], metrics)
+        return jax.lax.scan(
+            lambda state, split: body(state, shared, split, axis_name), state, stacked(splits)
+        )
+
+    program = devices.map(
+        dispatch, inputs=(False, False, True), outputs=(False, False), donate=(0,)
+    )
     return lambda state, fed: program(state, *fed)
 
 
 def make_step(experiment: Task, method: Method, plan: Plan, devices: Devices) -> Any:
-    """The training step, one program: `(state, (shared, split)) -> (state, metrics)`."""
+    """The training step, one program: `(state, (shared, splits)) -> (state, metrics)`."""
     return program_of(body_of(experiment, method, plan, devices.size), devices)
+
+
+def in_dispatches(
+    feeds: Iterator[tuple[PyTree, PyTree]],
+    first: int,
+    last: int,
+    most: int,
+    stops: Callable[[int], bool],
+) -> Iterator[tuple[PyTree, tuple[PyTree, ...]]]:
+    """What single steps are fed, joined to what dispatches are, from step `first` on to `last`.
+
+    A dispatch takes `most` steps where the run goes through all of them without one of its `stops`
+    (steps done -> whether something happens there), and otherwise one. So a run that starts again
+    joins the same steps, and there are two programs at most.
+    """
+    done = first
+    while done < last:
+        through = done + most <= last and not any(map(stops, range(done + 1, done + most)))
+        count = most if through else 1
+        some = [next(feeds) for _ in range(count)]
+        yield some[0][0], tuple(split for _, split in some)
+        done += count
 
 
 def order_of(experiment: Task, plan: Plan) -> Callable[[Key, Any], Array]:
@@ -132,7 +172,7 @@ def order_of(experiment: Task, plan: Plan) -> Callable[[Key, Any], Array]:
 def feed(
     experiment: Task, plan: Plan, keys: Keys, devices: Devices, first: int
 ) -> Iterator[tuple[PyTree, PyTree]]:
-    """What `make_step`'s program is fed from step `first` on: (same everywhere, split).
+    """What each step is fed from step `first` on: (same everywhere for an epoch, split).
 
     Resident images may be fed to several members: their keys are stacked, and so are the orders.
     """

@@ -24,7 +24,7 @@ from experiments.defended import logits_fn_of
 from experiments.logs import MetricsLog, Progress
 from experiments.running import Member, Running, Validator, begun_or_restored, forget_ahead
 from experiments.settings import Plan
-from experiments.steps import Task, feed, keys_of, make_step, plan_of
+from experiments.steps import Task, feed, in_dispatches, keys_of, make_step, plan_of
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
@@ -43,7 +43,7 @@ class Course(NamedTuple):
     """How all members take their steps by one program, on one state that holds all of theirs."""
 
     step: Callable[[Any, Any], tuple[Any, Any]]
-    feed: Callable[[int], Iterator[Any]]  # from this step on
+    feed: Callable[[int], Iterator[Any]]  # of each step, from this one on
     join: Callable[[list[training.TrainState]], Any]
     part: Callable[[Any, int], training.TrainState]  # of a joined state, this member's
     told: Callable[[dict[str, Any]], list[dict[str, float]]]  # metrics of a step, by members
@@ -90,12 +90,30 @@ def train_members(
     )
     plan = plan_of(first_of)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
+    _check_dispatches(first_of, plan)
     validators = [member.validator_on(devices) for member in members]
     with contextlib.ExitStack() as alone_there:
         for member in members:
             alone_there.enter_context(workdir.held(member.folder))
             workdir.claim(member.folder, member.experiment.config)
         _take_steps(members, course_of, name, plan, devices, validators)
+
+
+def _check_dispatches(experiment: Task, plan: Plan) -> None:
+    """Refuses dispatches of more steps than ever lie between two events of a run."""
+    lengths = {
+        "epoch": plan.per_epoch,
+        "checkpoint": plan.steps(experiment.checkpoints.every_epochs),
+        **({} if (looks := experiment.validation) is None
+           else {"look at held-out images": plan.steps(looks.every_epochs)}),
+    }  # fmt: skip
+    event, most = min(lengths.items(), key=lambda item: item[1])
+    count = experiment.training.steps_per_dispatch
+    if count > most:
+        raise UsageError(
+            f"config.training.steps_per_dispatch={count}: expected at most {most}, the steps from "
+            f"one {event} to the next"
+        )
 
 
 def _take_steps(
@@ -145,19 +163,27 @@ def _take_steps(
         state = course.join(states)
         del states  # what is joined is held once
 
-        def due(done: int) -> bool:
-            at_hand = done % saves == 0 or done == plan.total or looking(done)
-            return interrupt.requested(done) or at_hand
+        def at_hand(done: int) -> bool:
+            return done % saves == 0 or done == plan.total or looking(done)
 
-        feeds, board = course.feed(first), first_of.training.tensorboard
-        ahead = (plan.total - first) * plan.batch_size * len(members)
+        def due(done: int) -> bool:
+            return interrupt.requested(done) or at_hand(done)
+
+        def stops(done: int) -> bool:  # an epoch has an order of its own
+            return done % plan.per_epoch == 0 or at_hand(done)
+
+        feeds = in_dispatches(
+            course.feed(first), first, plan.total, first_of.training.steps_per_dispatch, stops
+        )
+        board = first_of.training.tensorboard
+        done, ahead = first, (plan.total - first) * plan.batch_size * len(members)
         with contextlib.ExitStack() as shown:
             for one in running:
                 log = MetricsLog(one.member.folder, resume_step=first, tensorboard=board)
                 one.log = shown.enter_context(log)
             bar = shown.enter_context(Progress(name, ahead, unit="img"))
             for passed in training.loop(course.step, state, feeds, first, plan.total, due, check):
-                done, state = passed.done, passed.state
+                taken, done, state = passed.done - done, passed.done, passed.state
                 for number, metrics in passed.metrics:
                     for one, own in zip(running, course.told(metrics), strict=True):
                         one.add(own)
@@ -166,7 +192,7 @@ def _take_steps(
                         bar.note(
                             **{key: np.mean([line[key] for line in lines]) for key in lines[0]}
                         )
-                bar.advance(plan.batch_size * len(members))
+                bar.advance(plan.batch_size * len(members) * taken)
                 if passed.due:
                     if several:
                         wait()  # so that all have the step before

@@ -171,7 +171,9 @@ class Experiment(NamedTuple):
         """Descent on the objective."""
         optimiser = self.optimiser(plan.total, plan.per_epoch)
         average = self.average(plan.total, plan.per_epoch)
-        return training.minimise(self.objective, optimiser, average=average)
+        return training.minimise(
+            self.objective, optimiser, average=average, sums=self.parallel.sums
+        )
 
 
 def experiment(whole: Any) -> Experiment:

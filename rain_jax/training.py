@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from rain_jax.checks import within
-from rain_jax.parallel import psum
+from rain_jax.parallel import Sums, psum, psum_as
 from rain_jax.types import (
     AxisName,
     Batch,
@@ -81,12 +81,16 @@ def descend(
     optimiser: optax.GradientTransformation,
     average: Averaging | None,
     axis_name: AxisName,
+    sums: Sums = "float32",
 ) -> tuple[TrainState, Metrics]:
     """The optimiser's step, from what `jax.value_and_grad` of an objective told on each device."""
     (loss, (model_state, metrics)), gradient = told
     # Sums, then one division: images that are padding weigh nothing, on whatever device.
     metrics = dict(metrics, loss=loss, images=jnp.sum(batch.valid).astype(jnp.float32))
-    metrics, gradient = psum((metrics, gradient), axis_name)
+    if sums == "float32":  # all in one
+        metrics, gradient = psum((metrics, gradient), axis_name)
+    else:
+        metrics, gradient = psum(metrics, axis_name), psum_as(sums, gradient, axis_name)
     number = jnp.maximum(metrics["images"], 1.0)
     gradient = jax.tree.map(lambda leaf: leaf / number, gradient)
     change, optimised = optimiser.update(gradient, state.optimiser, state.params)
@@ -103,8 +107,11 @@ def minimise(
     optimiser: optax.GradientTransformation,
     *,
     average: Averaging | None = None,
+    sums: Sums = "float32",
 ) -> Method:
     """Gradient descent on the mean of `objective` over the valid images of all devices.
+
+    `sums` is what gradients are sent as from device to device, see `parallel.psum_as`.
 
     The step's metrics are sums over those images (`images` is their number), but for
     `gradient_norm`, which is the mean gradient's own.
@@ -119,7 +126,7 @@ def minimise(
         key = jax.random.fold_in(key, state.step)
         gradient_of = jax.value_and_grad(objective, has_aux=True)
         told = gradient_of(state.params, state.model_state, key, batch, axis_name, state.step)
-        return descend(state, told, batch, optimiser, average, axis_name)
+        return descend(state, told, batch, optimiser, average, axis_name, sums)
 
     return Method(init, step)
 
@@ -154,7 +161,7 @@ def check_finite(step: int, metrics: dict[str, float], whose: str = "") -> None:
 
 
 class Passed(NamedTuple):
-    """What the host learns after each step of `loop`."""
+    """What the host learns after each dispatch of `loop`."""
 
     done: int  # steps since the run's beginning
     state: TrainState
@@ -172,23 +179,26 @@ def loop(
     due: Callable[[int], bool] = lambda done: False,
     check: Callable[[int, dict[str, Any]], None] = check_finite,
 ) -> Iterator[Passed]:
-    """Runs the steps after `first` up to `last`.
+    """Runs the steps after `first` up to `last`, as many in each dispatch as it is fed.
 
-    Metrics are fetched one step late, so the device never waits for the host; after the last
-    step, and wherever `due(steps done)` says so (before a checkpoint, say), all have arrived.
-    Raises `Diverged` at the first step whose loss or gradient is not finite, which is for `check`
-    to say.
+    `step` takes one step or several, and its metrics have a first axis for them. They are fetched
+    one dispatch late, so the device never waits for the host; after the last step, and wherever
+    `due(steps done)` says so (before a checkpoint, say), all have arrived. Raises `Diverged` at the
+    first step whose loss or gradient is not finite, which is for `check` to say.
     """
-    waiting: list[tuple[int, Metrics]] = []
-    for done in range(first + 1, last + 1):
+    done, waiting = first, list[tuple[int, Metrics]]()
+    while done < last:
         state, metrics = step(state, next(feeds))
         waiting.append((done, metrics))
+        done += len(jax.tree.leaves(metrics)[0])
         pause = due(done)
         arrived = []
-        while len(waiting) > (0 if pause or done == last else 1):
-            number, metrics = waiting.pop(0)
+        while len(waiting) > (0 if pause or done >= last else 1):
+            before, metrics = waiting.pop(0)
             arrays = jax.device_get(metrics)
-            values = {name: np.asarray(value).tolist() for name, value in arrays.items()}
-            check(number, values)
-            arrived.append((number, values))
+            steps = {name: np.asarray(value).tolist() for name, value in arrays.items()}
+            for number, values in enumerate(zip(*steps.values(), strict=True), start=before + 1):
+                own = dict(zip(steps, values, strict=True))
+                check(number, own)
+                arrived.append((number, own))
         yield Passed(done, state, arrived, pause)

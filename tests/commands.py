@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import build
 from experiments.running import items_of, no_sums
-from experiments.steps import plan_of
+from experiments.steps import in_dispatches, plan_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 
@@ -191,6 +191,11 @@ def final(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     step, *items = found
     leaves, _ = jax.tree.flatten_with_path(dict(zip(("model", "train"), items, strict=True)))
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def one_by_one(feeds: Iterator[tuple[Any, Any]], count: int) -> Iterator[Any]:
+    """What dispatches of one step each are fed, `count` of them."""
+    return in_dispatches(feeds, 0, count, 1, lambda done: True)
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

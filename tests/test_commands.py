@@ -210,7 +210,7 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     variables = experiment.network.init(keys.init, np.zeros((1, 8, 8, 1), np.float32))
     state = devices.replicate(method.init(variables))
     step = steps.make_step(experiment, method, plan, devices)
-    feeds = steps.feed(experiment, plan, keys, devices, 0)
+    feeds = commands.one_by_one(steps.feed(experiment, plan, keys, devices, 0), plan.total)
     for _ in range(2):  # compiles, and takes its own results as arguments for the first time
         old, before = state, memory_of(state)
         state, metrics = step(old, next(feeds))
@@ -236,6 +236,72 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     with jax.profiler.trace(str(tmp_path / "more")):
         jax.block_until_ready(passed.state.step + 1)
     assert len(calls_seen(tmp_path / "more")) == 1
+
+
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
+    """Numbers to rounding; each dispatch one program, the state donated."""
+    whole = runpy.run_path(str(config))["get_config"]()
+    experiment = build.experiment(build.changed(whole, [("training.feed", feed)]))
+    devices = place(mapping, choose_devices(2))
+    plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
+    method, images = experiment.method(plan), np.zeros((1, 8, 8, 1), np.float32)
+    step = steps.make_step(experiment, method, plan, devices)
+    epoch_ends = lambda done: done % plan.per_epoch == 0
+
+    def run(together):
+        state = devices.replicate(method.init(experiment.network.init(keys.init, images)))
+        feeds = steps.feed(experiment, plan, keys, devices, 0)
+        last, told, counts = plan.per_epoch + 3, [], []
+        feeds = steps.in_dispatches(feeds, 0, last, together, epoch_ends)
+        for passed in training.loop(step, state, feeds, 0, last):
+            counts.append(passed.done)
+            told += [values["loss"] for _, values in passed.metrics]
+        return jax.tree.map(np.asarray, passed.state), told, np.diff([0, *counts])
+
+    alone, expected, _ = run(1)
+    state, told, counts = run(4)
+    assert counts.tolist() == [4, 4, 1, 1, 1, 1, 1]  # ten steps an epoch, and three of the next
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state, alone)
+
+
+def test_a_run_in_dispatches_goes_on_after_a_stop_with_the_same_bits(config, tmp_path, monkeypatch):
+    whole = runpy.run_path(str(config))["get_config"]()
+    changes = [("training.steps_per_dispatch", 2), ("training.epochs", 2), ("parallel.devices", 1)]
+    experiment = build.experiment(build.changed(whole, changes))
+
+    def run(name):
+        train.train(experiment, tmp_path / name, name, lambda devices: None)
+        lines = commands.metrics(tmp_path / name)
+        assert [line["step"] for line in lines] == list(range(2, 21, 2))
+        return commands.final(tmp_path / name), lines
+
+    expected = run("whole")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train.Interrupt, "requested", lambda self, step: step >= 11)
+        with pytest.raises(train.Stopped, match="stopped at step 12,"):
+            run("stopped")
+    (step, found), lines = run("stopped")
+    assert (step, lines) == (expected[0][0], expected[1])
+    commands.assert_same(found, expected[0][1])
+    with pytest.raises(build.UsageError, match="dispatch=4: expected at most 3, the steps from"):
+        changes[0] = "training.steps_per_dispatch", 4
+        train.train(build.experiment(build.changed(whole, changes)), tmp_path / "no", "no", None)
+
+
+def test_dispatches_end_where_something_happens():
+    feeds = ((epoch, number) for epoch in range(9) for number in range(10))
+    made = list(steps.in_dispatches(feeds, 0, 25, 3, lambda done: done % 10 == 0 or done == 14))
+    assert [len(splits) for _, splits in made] == [3, 3, 3, 1, 3, 1, 3, 3, 3, 1, 1]
+    fed = [number for _, splits in made for number in splits]
+    assert fed == [*range(10), *range(10), *range(5)]
+    assert [shared for shared, _ in made] == [0] * 4 + [1] * 4 + [2] * 3
+    # From where a dispatch ended it goes on with the same ones.
+    feeds = ((1, number) for number in range(3, 10))
+    again = list(steps.in_dispatches(feeds, 13, 20, 3, lambda done: done % 10 == 0 or done == 14))
+    assert again == made[5:8]
 
 
 def test_a_run_that_diverges_stops_and_keeps_what_was_good(tmp_path, config):

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from rain_jax.checks import UsageError
-from rain_jax.parallel import check_batch_size, choose_devices, image_keys, place, psum
+from rain_jax.parallel import (
+    check_batch_size,
+    choose_devices,
+    image_keys,
+    place,
+    psum,
+    psum_as,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPINGS = pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
@@ -74,6 +81,26 @@ def test_keys_pass_through_both_mappings(key):
         found = program(devices.replicate(key), devices.split(np.arange(16)))
         expected = jax.vmap(jax.random.uniform)(image_keys(key, jnp.arange(16)))
         np.testing.assert_array_equal(devices.gather(found), expected)
+
+
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_sums_in_bfloat16_are_as_near_as_its_bits(mapping):
+    spread = 10.0 ** np.arange(-2, 2)[:, None]
+    shares = np.float32(np.random.default_rng(2).normal(size=(4, 1000)) * spread)
+    devices = place(mapping, choose_devices(4))
+    total = devices.map(
+        lambda share, axis_name: psum_as("bfloat16", share[0], axis_name),
+        inputs=(True,), outputs=False,
+    )  # fmt: skip
+    found = np.asarray(total(devices.split(shares)), np.float64)
+    exact, sizes = np.sum(shares, 0, np.float64), np.sum(np.abs(shares), 0, np.float64)
+    rounded = shares.astype(jnp.bfloat16).astype(np.float64).sum(0)
+    assert np.max(np.abs(found - exact) / sizes) > 2e-4
+    # Of each share, and of the sums of them where the platform rounds those too.
+    np.testing.assert_array_less(np.abs(found - rounded), 2**-8 * sizes + 1e-9)
+    np.testing.assert_array_less(np.abs(found - exact), 2 * 2**-8 * sizes)
+    with pytest.raises(UsageError, match="sums='float16': expected one of float32, bfloat16"):
+        psum_as("float16", shares, None)
 
 
 def test_refusals():

@@ -1,5 +1,7 @@
 """From an objective to steps: devices, weights that average, schedules, optimisers, the loop."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -27,18 +29,19 @@ def batches(count, size=16):
         yield jax.tree.map(np.asarray, Batch(image, label, index, np.ones(size, bool)))
 
 
-def method_of(average=None):
+def method_of(average=None, sums="float32"):
     objective = methods.adversarial(NETWORK, ATTACK)
-    return training.minimise(objective, optimisers.sgd(0.05, nesterov=True), average=average)
+    optimiser = optimisers.sgd(0.05, nesterov=True)
+    return training.minimise(objective, optimiser, average=average, sums=sums)
 
 
 def fresh(method):
     return method.init(NETWORK.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
 
 
-def losses_over(mapping, count, steps=20):
+def losses_over(mapping, count, steps=20, sums="float32"):
     devices = place(mapping, choose_devices(count))
-    method = method_of(training.Averaging(0.9))
+    method = method_of(training.Averaging(0.9), sums)
     program = devices.map(
         lambda state, batch, axis_name: method.step(jax.random.key(5), state, batch, axis_name),
         inputs=(False, True), outputs=(False, False), donate=(0,),
@@ -54,6 +57,39 @@ def losses_over(mapping, count, steps=20):
 @pytest.fixture(scope="module")
 def one_device():
     return losses_over("shard_map", 1)
+
+
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_a_step_of_gradients_that_crossed_devices_in_bfloat16_goes_nearly_there(mapping):
+    begin = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(fresh(method_of()).params)])
+
+    def step(count, sums):
+        _, state = losses_over(mapping, count, steps=1, sums=sums)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)]) - begin
+
+    exact, rounded = step(8, "float32"), step(8, "bfloat16")
+    apart = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < apart < 2**-8
+    np.testing.assert_array_equal(step(1, "bfloat16"), step(1, "float32"))
+
+
+def test_what_is_sent_in_bfloat16_are_the_gradients_alone():
+    """Read in the program as it is handed to the compiler: CPU's own sums bfloat16 in float32."""
+    devices = place("shard_map", choose_devices(2))
+    method = method_of(sums="bfloat16")
+    program = devices.map(
+        lambda state, batch, axis_name: method.step(jax.random.key(5), state, batch, axis_name),
+        inputs=(False, True), outputs=(False, False),
+    )  # fmt: skip
+    state = fresh(method)
+    text = program.lower(state, next(batches(1))).as_text()
+    # An operation ends with its type, behind the sum of two scalars in its braces.
+    sent = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, re.DOTALL)
+    rounded = [kind for types in sent for kind in types.split(", ") if "bf16" in kind]
+    shapes = ["x".join([*map(str, leaf.shape), "bf16"]) for leaf in jax.tree.leaves(state.params)]
+    assert sorted(rounded) == sorted(f"tensor<{shape}>" for shape in shapes)
+    metrics = [kind for types in sent for kind in types.split(", ") if kind == "tensor<f32>"]
+    assert len(metrics) >= 3  # loss, images, correct
 
 
 @pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
@@ -108,7 +144,7 @@ def test_evaluation_takes_the_average_and_the_trained_statistics():
 
 def test_loop_fetches_one_step_late_and_all_at_stops():
     def step(state, feed):
-        metrics = {"loss": jnp.float32(feed), "gradient_norm": jnp.float32(1)}
+        metrics = {"loss": jnp.float32([feed]), "gradient_norm": jnp.float32([1])}
         return state + 1, metrics
 
     seen = list(training.loop(step, 3, iter(range(100)), 3, 8, due=lambda done: done == 6))
@@ -120,13 +156,25 @@ def test_loop_fetches_one_step_late_and_all_at_stops():
     assert seen[-1].state == 8
 
 
+def test_loop_takes_several_steps_in_a_dispatch_and_tells_each():
+    def step(state, count):
+        numbers = jnp.arange(state, state + count, dtype=jnp.float32)
+        return state + count, {"loss": numbers, "gradient_norm": jnp.ones(count)}
+
+    seen = list(training.loop(step, 2, iter([3, 1, 3, 2]), 2, 11))
+    assert [passed.done for passed in seen] == [5, 6, 9, 11]
+    told = [pair for passed in seen for pair in passed.metrics]
+    assert [number for number, _ in told] == list(range(3, 12))
+    assert all(values["loss"] == number - 1 for number, values in told)
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_loop_stops_when_numbers_stop_being_numbers(name):
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_loop_stops_when_numbers_stop_being_numbers(name, together):
     def step(state, feed):
-        metrics = {"loss": jnp.float32(1), "gradient_norm": jnp.float32(1)}
-        if feed == 2:
-            metrics[name] = jnp.float32(jnp.nan)
-        return state, metrics
+        first = feed * together
+        bad = jnp.where(jnp.arange(first, first + together) == 2, jnp.nan, 1.0)
+        return state, {"loss": jnp.ones(together), "gradient_norm": jnp.ones(together), name: bad}
 
     with pytest.raises(training.Diverged, match=f"{name} is nan at step 3") as error:
         list(training.loop(step, None, iter(range(10)), 0, 10))

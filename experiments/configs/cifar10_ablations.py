@@ -1,8 +1,9 @@
-"""Parts of RAIN and of NN-JPEG in front of one naturally trained classifier of CIFAR-10, untrained.
+"""Parts of RAIN and NN-JPEG, and the baselines, in front of one natural classifier of CIFAR-10.
 
     python -m experiments.train --config=experiments/configs/cifar10_natural.py
     python -m experiments.analyse --workdir=runs/cifar10_natural
-    for part in picks-shift picks shift jpeg nn_jpeg nn_jpeg_vote jpeg_vote; do
+    for part in picks-shift picks shift jpeg nn_jpeg nn_jpeg_vote jpeg_vote \
+            bit_depth median total_variation resize_and_pad shield feature_distillation; do
         python -m experiments.adopt --config=experiments/configs/cifar10_ablations.py:$part \
             --workdir=runs/ablations/$part
         python -m experiments.evaluate --config=experiments/configs/ladder.py:small \
@@ -14,7 +15,8 @@ shift, with bicubic interpolation in the place of its network; JPEG at quality 7
 table at level 30, and votes over four levels of either. The authors' shifts, of up to 5 % of the
 halved image, are less than a pixel here, so that RAIN does not shift 32x32 images at all: 10 %, a
 pixel, stands for them. The whole, which learns, is `cifar10_rain` and `cifar10_nn_jpeg` beside this
-file.
+file. The baselines are what their authors, or those who broke them, had, see
+`rain_jax.defences.baselines` and `jpeg`.
 """
 
 from typing import Any
@@ -40,6 +42,17 @@ PARTS: dict[str, dict[str, Any]] = {
         defence=dict(name="jpeg"),
         ensemble=dict(key="defence.quality", values=(80.0, 60.0, 40.0, 20.0)),
     ),
+    **{
+        name: dict(defence=dict(name=name))
+        for name in (
+            "bit_depth",
+            "median",
+            "total_variation",
+            "resize_and_pad",
+            "shield",
+            "feature_distillation",
+        )
+    },
 }
 TEXTS = tuple(PARTS)
 

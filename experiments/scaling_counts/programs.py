@@ -113,9 +113,9 @@ def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Count
         images = jax.ShapeDtypeStruct((size, *source.shape), dtype)
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
         numbers = jax.ShapeDtypeStruct((len(devices),), jnp.int32)
-        fed: Any = (keys, images, labels, order), numbers
+        fed: Any = (keys, images, labels, order), (numbers,)
     else:
-        fed = keys, _batch(plan.batch_size, source.shape, dtype)
+        fed = keys, (_batch(plan.batch_size, source.shape, dtype),)
     return _compiled(lambda: step(state_of(experiment), fed), devices)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from rain_jax.checks import UsageError, within
+from rain_jax.parallel import Sums
 from rain_jax.training import Averaging, TrainState, begin, descend
 from rain_jax.types import (
     Array,
@@ -40,6 +41,7 @@ def free(
     replays: int = 8,
     step_size: float | None = None,
     average: Averaging | None = None,
+    sums: Sums = "float32",
 ) -> Method:
     """Free adversarial training (Shafahi et al., arXiv:1904.12843), after the authors' code.
 
@@ -53,7 +55,8 @@ def free(
 
     `batch_shape` is [B, H, W, C] over all devices, and batches are full. A step of the method is a
     batch, and `replays` steps of the optimiser: its schedule, and `average`, count replays. The
-    metrics are sums over replays, `images` too; `gradient_norm` is a mean.
+    metrics are sums over replays, `images` too; `gradient_norm` is a mean. `sums` is as in
+    `training.minimise`.
     """
     within("replays", replays, 1)
     size = threat.radius if step_size is None else within("step_size", step_size, above=0.0)
@@ -89,7 +92,9 @@ def free(
             value, (gradient, slope) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
                 inner.params, perturbation
             )
-            inner, metrics = descend(inner, (value, gradient), batch, optimiser, average, axis_name)
+            inner, metrics = descend(
+                inner, (value, gradient), batch, optimiser, average, axis_name, sums
+            )
             climbed = perturbation + size * jax.vmap(threat.norm.steepest)(slope)
             back = jax.vmap(lambda one: threat.norm.project(one, threat.radius))(climbed)
             return (inner, back), metrics
