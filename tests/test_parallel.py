@@ -1,6 +1,8 @@
 """Programs over devices: both mappings, the same sums, and refusals."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +139,45 @@ def test_a_cpu_device_for_each_core_that_training_does_not_turn_on(
     if everywhere == "cores":
         everywhere = min(16, len(os.sched_getaffinity(0)))
     assert said.stdout.split() == [str(everywhere), str(everywhere), str(training)]
+
+
+JOINED = """
+import jax
+from rain_jax.parallel import initialise, place
+initialise()
+devices = place()
+total = devices.map(
+    lambda x, axis_name: jax.lax.psum(x.sum(), axis_name), inputs=(True,), outputs=False
+)
+mine = jax.numpy.arange(2.0) + 2 * jax.process_index()
+print(jax.process_index(), jax.process_count(), devices.size, float(total(devices.split(mine))))
+"""
+
+
+def test_a_job_of_slurm_is_found_by_its_variables(tmp_path):
+    """Who and how many, and by the job's number at which port: see docs/jobs/slurm_train.sh."""
+    ports = 2**12  # the last so many
+    for number in range(4321, 4321 + ports):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", number % ports + 2**16 - ports))
+            break
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_CO", "JAX_NUM", "SLURM"))}
+    job = {
+        "SLURM_JOB_ID": str(number), "SLURM_STEP_NODELIST": "localhost,elsewhere",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "RAIN_JAX_DISTRIBUTED": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED], stdout=subprocess.PIPE, text=True,
+            env={**kept, **job, "SLURM_PROCID": place, "SLURM_LOCALID": place},
+        )
+        for place in "01"
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said == ["0 2 4 6.0", "1 2 4 6.0"]
