@@ -223,7 +223,8 @@ SMALL = {
     "data": dict(images=((4, 16),), batches=3),
     "dispatch": dict(model="cnn", methods=("pgd",), batch_size=2, count=2, size=8, attack_steps=2),
     "edsr": dict(networks=((1, 4),), images=(2, 8), compiled=False),
-    "evaluation": dict(model="cnn", images=2, size=8, pgd_steps=2, apgd_steps=2),
+    "evaluation": dict(model="cnn", images=2, size=8, pgd_steps=2, apgd_steps=2,
+                       standard_steps=2, standard_queries=3),
     "jpeg": dict(images=((2, 16),)),
     "peak": dict(size=256, megabytes=1),
     "rain": dict(blocks=1, width=4, images=(2, 16)),
@@ -233,7 +234,7 @@ SMALL = {
 }  # fmt: skip
 # Beside the three of "peak"; the packages that peers need; and whether results are compared.
 LINES = {"checkpoint": 1, "compile": 1, "convolutions": 4, "data": 3, "dispatch": 1, "edsr": 2,
-         "evaluation": 2, "jpeg": 3, "peak": 0, "rain": 2, "steps": 2, "sweep": 1}  # fmt: skip
+         "evaluation": 3, "jpeg": 3, "peak": 0, "rain": 2, "steps": 2, "sweep": 1}  # fmt: skip
 NEEDS = {"Pillow": "PIL", "kornia": "kornia", "PyTorch": "torch", "torchattacks": "torchattacks"}
 DRAWN = ("data", "evaluation", "rain")
 

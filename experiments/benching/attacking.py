@@ -1,7 +1,7 @@
 """Attacks as an evaluation runs them: beside torchattacks, and many settings at once."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from experiments.benching.images import cores, pictures
 from experiments.benching.training import Workload, known, twin
 from experiments.defended import logits_fn_of
 from rain_jax import attacks, evaluation, norms
+from rain_jax.attacks import suites
 from rain_jax.checks import within
 from rain_jax.evaluation import Lanes
 from rain_jax.parallel import Devices
@@ -32,29 +33,44 @@ def against(
     radius: float = 8 / 255,
     pgd_steps: int = 40,
     apgd_steps: int = 100,
+    standard_radius: float = 1 / 2550,
+    standard_steps: int = 10,
+    standard_queries: int = 200,
 ) -> list[Row]:
-    """PGD and APGD-CE in L-inf on `images` that an untrained network is right about.
+    """PGD, APGD-CE and `standard` in L-inf on `images` that an untrained network is right about.
 
-    Every image goes all the way, ours as the peer's: what leaving out images that are broken saves
-    on a trained network `experiments.compare --speed` tells. Both draw their starts.
+    PGD and APGD go all the way with every image, ours as the peer's: what leaving out images that
+    are broken saves on a trained network `experiments.compare --speed` tells. In the suite each
+    member gets what those before it left standing. So small a radius leaves nearly all, which then
+    cost most. Both draw their starts.
     """
     within("images", images, 1)
     within("radius", radius, above=0.0)
+    within("standard_radius", standard_radius, above=0.0)
     subject = _Subject(Workload(known(model, "model"), images, size, "float32"))
     threat = Threat(norms.linf, radius)
     made = {
         "pgd": attacks.pgd(threat, steps=pgd_steps, step_size=radius / 10),
         "apgd_ce": attacks.apgd(threat, steps=apgd_steps),
     }
+    small = Threat(norms.linf, standard_radius)
+    suite = suites.standard(small, steps=standard_steps, queries=standard_queries)
+    budget = dict(steps=standard_steps, queries=standard_queries)
+    row = partial(Row, alike=False, images=images)
     return [
-        Row(
-            f"{name}-{attack.steps}, {subject.workload}",
-            partial(subject.attacked, attack),
-            {"torchattacks": partial(subject.torchattacks, name, attack.steps, radius)},
-            alike=False,
-            images=images,
-        )
-        for name, attack in made.items()
+        *(
+            row(
+                f"{name}-{attack.steps}, {subject.workload}",
+                partial(subject.attacked, attack),
+                {"torchattacks": partial(subject.torchattacks, name, radius, steps=attack.steps)},
+            )
+            for name, attack in made.items()
+        ),
+        row(
+            f"standard, {standard_steps} steps, {standard_queries} queries, {subject.workload}",
+            partial(subject.suite, suite, small),
+            {"torchattacks": partial(subject.torchattacks, "standard", standard_radius, **budget)},
+        ),
     ]
 
 
@@ -216,10 +232,31 @@ class _Subject:
 
         return Side(call, gflop=cells * gflop)
 
-    def torchattacks(self, name: str, steps: int, radius: float) -> Side:
+    def suite(self, members: Mapping[str, Iteration], threat: Threat) -> Side:
+        """Attacks one after the other, each on the images that stand by then."""
+        size, rules = len(self.labels), evaluation.Rules(threat)
+        drives = [
+            evaluation.packed(one, self.of, self.devices, batch_size=size)
+            for one in members.values()
+        ]
+        judge = evaluation.judging(self.of, rules, self.devices, batch_size=size)
+        variables, key = self.devices.replicate(self.variables), jax.random.key(1)
+
+        def call() -> np.ndarray:
+            stands = np.ones(size, bool)
+            for number, drive in enumerate(drives):
+                own = jax.random.fold_in(key, number)
+                found = drive(variables, own, [self.batch._replace(valid=stands)])
+                for some in judge(variables, own, found):
+                    stands[some.judgement.index] = evaluation.standing(some.judgement)
+            return stands
+
+        return Side(call, gflop=sum(map(self.gflop, members.values())))
+
+    def torchattacks(self, name: str, radius: float, **budget: int) -> Side:
         """The same attack of theirs, on the twin."""
         peers = importlib.import_module("experiments.benching.peers")
         return peers.torchattacks(
             name, twin(self.workload), self.pixels, self.labels,
-            radius=radius, steps=steps, batch_size=len(self.labels),
+            radius=radius, batch_size=len(self.labels), **budget,
         )  # fmt: skip
