@@ -1,6 +1,7 @@
 """The ladder: its rungs follow from the defence, its sweep is one program, its checks can fail."""
 
 import json
+import runpy
 from typing import NamedTuple
 
 import commands
@@ -547,13 +548,19 @@ def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
 
 # --- Configs ----------------------------------------------------------------------------------
 
-ABLATIONS = commands.ROOT / "experiments" / "configs" / "cifar10_ablations.py"
-PARTS = ["picks-shift", "picks", "shift", "jpeg", "nn_jpeg", "nn_jpeg_vote", "jpeg_vote"]
+CONFIGS = commands.ROOT / "experiments" / "configs"
+DRAWING = ("picks-shift", "picks", "shift", "total_variation", "resize_and_pad", "shield")
+VOTES = {"nn_jpeg_vote": 4, "jpeg_vote": 4, "nn": 4, "nn_420": 4, "nn_3": 3, "nn_2": 2, "std": 4}
+PARTS = [
+    f"{file}.py:{text}"
+    for file in ("cifar10_ablations", "cifar10_nn_jpeg")
+    for text in runpy.run_path(str(CONFIGS / f"{file}.py"))["TEXTS"]
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
-    spec = build.plain(cli.load_config(f"{ABLATIONS}:{part}"))
+    spec = build.plain(cli.load_config(str(CONFIGS / part)))
     if spec["defence"].get("statistics"):
         np.savez(
             tmp_path / "statistics.npz", **{name: np.ones((3, 8, 8)) for name in Statistics._fields}
@@ -561,11 +568,12 @@ def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
         spec["defence"]["statistics"] = str(tmp_path / "statistics.npz")
     kept = ("defence", "ensemble", "method", "optimiser", "schedule", "start")
     found = experiment_of(tmp_path, **{name: spec[name] for name in kept})
-    random = part in ("picks-shift", "picks", "shift")
-    assert found.network.random == random
-    assert ("eot_margin" in found.looks) == random
-    assert ("fab_t" in found.looks) == (not random)
-    assert ("member:3" in found.looks) == part.endswith("_vote")
+    name = part.partition(":")[2]
+    assert found.network.random == (name in DRAWING)
+    assert ("eot_margin" in found.looks) == (name in DRAWING)
+    assert ("fab_t" in found.looks) == (name not in DRAWING)
+    members = sum(rung.startswith("member:") for rung in found.looks)
+    assert members == VOTES.get(name, 0)
 
 
 def test_images_from_elsewhere_that_do_better_than_gradients_void_the_number():
