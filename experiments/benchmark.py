@@ -33,8 +33,8 @@ import ml_collections
 from experiments import workdir
 from experiments.benching import attacking, convolutions, first, images, machine, show, training
 from experiments.benching.clock import Once, Peaks, Row, cpus, measure
-from experiments.build import plain
 from experiments.cli import run
+from experiments.configuring import plain
 from experiments.logs import provenance, table, write_json
 from experiments.schema import call, convert, filled
 from rain_jax.checks import UsageError, nearest, one_of, within

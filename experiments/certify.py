@@ -21,7 +21,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, workdir
+from experiments import build, cache, configuring, workdir
 from experiments.cli import run
 from experiments.defended import UNDEFENDED, logits_fn_of
 from experiments.journal import digest_of, sample_of
@@ -91,7 +91,7 @@ class Counts(NamedTuple):
 
 def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
     """The run's config and our own keys, with some values replaced."""
-    whole = build.plain(config_)
+    whole = configuring.plain(config_)
     own = {key: whole.pop(key) for key in OWN if key in whole}
     own |= {key: value for key, value in changes if key in OWN}
     rest = [(key, value) for key, value in changes if key not in OWN]
@@ -101,8 +101,8 @@ def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.
                 f"config.{key}: no such key: expected one of {', '.join(OWN)}, or a section of the "
                 f"run's config{nearest(key, OWN)}"
             )
-    sections = build.plain(build.changed(whole, rest))
-    return ml_collections.ConfigDict({**sections, **filled(Certification, own)}, type_safe=False)
+    run = configuring.plain(configuring.changed(whole, rest))
+    return ml_collections.ConfigDict({**run, **filled(Certification, own)}, type_safe=False)
 
 
 def completed(asked: Certification, experiment: build.Experiment) -> tuple[Certification, Any]:
@@ -288,7 +288,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Certifies the run in `folder`."""
     cache.enable()
     initialise()
-    spec = build.plain(config)
+    spec = configuring.plain(config)
     asked = call("config", Certification, {key: spec.pop(key) for key in OWN if key in spec})
     experiment = build.experiment(spec)
     asked, through = completed(asked, experiment)

@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from experiments import build
+from experiments import configuring
 from rain_jax.checks import UsageError, nearest
 from rain_jax.training import Diverged
 
@@ -162,9 +162,9 @@ def load_config(given: str) -> dict[str, Any]:
     if not isinstance(config, dict | ml_collections.ConfigDict):
         raise UsageError(
             f"{path}: get_config() returned {config!r:.60}: expected what "
-            "experiments.build.config(...) returns"
+            "experiments.configuring.config(...) returns"
         )
-    return build.plain(config)
+    return configuring.plain(config)
 
 
 def _one_line(error: BaseException) -> str:
@@ -177,7 +177,7 @@ def run(
     config_of: Callable[[Path], dict[str, Any]] | None = None,
     argv: Sequence[str] | None = None,
     *,
-    changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = build.changed,
+    changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = configuring.changed,
 ) -> None:
     """Parses the command line, calls `main(config, workdir)` and exits with its status.
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, loading, workdir
+from experiments import build, cache, configuring, loading, workdir
 from experiments import corruption_scores as scores
 from experiments.cli import run
 from experiments.corrupted import batch_of, cell_key, constants_of, frost_of, root_key
@@ -134,7 +134,7 @@ class Corruptions:
 
 def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
     """A complete config with some values replaced, checked."""
-    spec = {**build.plain(config), **dict(changes)}
+    spec = {**configuring.plain(config), **dict(changes)}
     call("config", Corruptions, spec)
     return ml_collections.ConfigDict(filled(Corruptions, spec), type_safe=False)
 
@@ -155,7 +155,7 @@ def model_of(folder: Path, devices: Devices) -> Model:
     The judge's draws depend on the image, and neither on the corruption nor on the batch.
     """
     # The images as they are: what its own evaluation does to them is not this study's.
-    plain = build.changed(workdir.read_config(folder), [("evaluation.corruption", None)])
+    plain = configuring.changed(workdir.read_config(folder), [("evaluation.corruption", None)])
     experiment = build.experiment(plain)
     variables, step = loading.load(experiment, folder)
     loading.check_finite(variables, f"{folder} at step {step}")
@@ -330,7 +330,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Looks at the run in `folder`, and at others beside it."""
     cache.enable()
     initialise()
-    asked: Corruptions = call("config", Corruptions, build.plain(config))
+    asked: Corruptions = call("config", Corruptions, configuring.plain(config))
     workdir.check_writable(folder)
     paths = [folder, *map(Path, asked.asked_runs)]
     other = asked.baseline if asked.baseline != "alexnet" else None
@@ -357,7 +357,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if jax.process_index() != 0:
         return
     record = {
-        **build.plain(config),
+        **configuring.plain(config),
         "families": list(asked.asked_families),
         "severities": list(asked.asked_severities),
         "constants": None if asked.published else constants_of(asked, first.splits.test),

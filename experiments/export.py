@@ -28,7 +28,7 @@ import ml_collections
 import numpy as np
 from jax.interpreters import partial_eval
 
-from experiments import build, cache, loading, workdir
+from experiments import build, cache, configuring, loading, workdir
 from experiments.cli import run
 from experiments.logs import provenance, write_json
 from experiments.schema import call
@@ -220,7 +220,7 @@ def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.C
     """The run's config under `run`, and what this command alone knows under `export`."""
     own = {key: value for key, value in changes if key in Export._fields}
     rest = [change for change in changes if change[0] not in own]
-    return ml_collections.ConfigDict({"export": own, "run": build.changed(config, rest)})
+    return ml_collections.ConfigDict({"export": own, "run": configuring.changed(config, rest)})
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:

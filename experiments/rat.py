@@ -23,6 +23,7 @@ import numpy as np
 from experiments import (
     build,
     cache,
+    configuring,
     evaluate,
     loading,
     measure,
@@ -54,28 +55,28 @@ from rain_jax.types import Variables
 
 
 def config(**sections: Any) -> ml_collections.ConfigDict:
-    """A complete config: the sections of `build.config` and `rat`, see `rounds`."""
-    plain = build.plain(sections)
+    """A complete config: the sections of `configuring.config` and `rat`, see `rounds`."""
+    plain = configuring.plain(sections)
     own = plain.pop("rat", {})
     if not isinstance(own, dict):
         raise UsageError(f"config.rat={own!r}: expected a section, dict(..)")
-    whole = build.config(**plain)
+    whole = configuring.config(**plain)
     whole["rat"] = filled(rounds, own)
     return whole
 
 
 def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
-    """A config with some values replaced, as `build.changed` does it."""
-    whole = build.plain(config_)
+    """A config with some values replaced, as `configuring.changed` does it."""
+    whole = configuring.plain(config_)
     own = whole.pop("rat", {})
     mine = {key.removeprefix("rat."): v for key, v in changes if key.startswith("rat.")}
     rest = [change for change in changes if not change[0].startswith("rat.")]
-    return config(**build.plain(build.changed(whole, rest)), rat={**own, **mine})
+    return config(**configuring.plain(configuring.changed(whole, rest)), rat={**own, **mine})
 
 
 def experiment(whole: Any) -> tuple[build.Experiment, Rounds]:
     """Builds what a config describes; its network carries perturbations."""
-    spec = build.plain(config(**build.plain(whole)))
+    spec = configuring.plain(config(**configuring.plain(whole)))
     own, method = spec.pop("rat"), dict(spec["method"])
     one_of("config.method.name", method.get("name"), ["rat"])
     if spec["start"]["classifier"] is None:
@@ -169,7 +170,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     built, own = experiment(config)
     build.check_devices(built)
     with workdir.held(folder):
-        workdir.claim(folder, build.plain(config))
+        workdir.claim(folder, configuring.plain(config))
         _rounds(built, own, folder)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, cache, workdir
+from experiments import build, cache, configuring, workdir
 from experiments.cli import run
 from experiments.logs import provenance, table, write_json
 from experiments.scaling_counts import programs, roofline
@@ -70,13 +70,16 @@ def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         if isinstance(own.get(key), int):  # one number, as it is typed
             own[key] = (own[key],)
     rest = [(key, value) for key, value in changes if key not in Asked._fields]
-    return {"asked": filled(asked, own), "run": build.plain(build.changed(config, rest))}
+    return {
+        "asked": filled(asked, own),
+        "run": configuring.plain(configuring.changed(config, rest)),
+    }
 
 
 def main(spec: dict[str, Any], folder: Path) -> None:
     """Compiles, counts, prints tables and writes scaling.json."""
     cache.enable()
-    want: Asked = call("config", asked, build.plain(spec["asked"]))
+    want: Asked = call("config", asked, configuring.plain(spec["asked"]))
     machine = MACHINES[want.machine]
     if want.compiler == "tpu":
         programs.simulated(1)  # for shapes; programs are for the slice

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import build, cache, train, workdir
+from experiments import build, cache, configuring, train, workdir
 from experiments.cli import run
 from experiments.lines import append, read
 from experiments.logs import Progress, provenance, write_json
@@ -174,7 +174,7 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
             build.check_devices(build.experiment(spec))
         for spec, place in left:
             print(f"{place}", flush=True)
-            train.main(build.config(**spec), place)
+            train.main(configuring.config(**spec), place)
     if not all(map(_evaluated, folders, specs)):
         return None
     records = [json.loads((place / "evaluation.json").read_text()) for place in folders]

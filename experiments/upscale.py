@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from experiments import cache, loading, running, settings, train, workdir
-from experiments.build import plain
 from experiments.cli import run
+from experiments.configuring import plain
 from experiments.logs import MetricsLog, provenance, table, write_json
 from experiments.schema import call, convert, filled, filled_member, located, make
 from rain_jax import data, optimisers, schedules, training

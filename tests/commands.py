@@ -32,7 +32,7 @@ LIMIT = 240.0  # seconds that any command may take, on a busy machine
 
 CONFIG = '''"""Digits, an adversary of two steps, a network with all that a state can hold."""
 
-from experiments.build import config
+from experiments.configuring import config
 
 
 def get_config():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import analyse, build, defended, loading, start, train
+from experiments import analyse, build, configuring, defended, loading, start, train
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
 from rain_jax.defences import tables
@@ -16,17 +16,17 @@ from rain_jax.parallel import choose_devices, place
 def config_of(folder, *changes, **sections):
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {"attacks": {"fgsm": {"name": "fgsm"}}, "images": 10, "batch_size": 32}
     whole["parallel"]["devices"] = 1
-    return build.changed({**whole, **sections}, changes)
+    return configuring.changed({**whole, **sections}, changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
     config = config_of(folder)
-    train.main(build.changed(config, [("training.epochs", 0.2)]), folder / "run")
+    train.main(configuring.changed(config, [("training.epochs", 0.2)]), folder / "run")
     analyse.main(config, folder / "run")
     return config, folder / "run"
 
@@ -51,7 +51,7 @@ def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
     config, folder = run
     statistics = str(folder / "statistics.npz")
     defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=statistics)
-    experiment = build.experiment(build.changed(config, [("defence", defence)]))
+    experiment = build.experiment(configuring.changed(config, [("defence", defence)]))
     images = jnp.zeros((1, *experiment.splits.train.shape))
     variables = experiment.network.init(jax.random.key(0), images)
     with np.load(statistics) as file:
@@ -62,7 +62,7 @@ def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
 def test_a_defended_run_is_refused(run):
     config, folder = run
     with pytest.raises(UsageError, match="bare classifier"):
-        analyse.main(build.changed(config, [("defence", dict(name="jpeg"))]), folder)
+        analyse.main(configuring.changed(config, [("defence", dict(name="jpeg"))]), folder)
 
 
 def test_moments_do_not_depend_on_batches(run):

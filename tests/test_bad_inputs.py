@@ -289,7 +289,7 @@ def archive(path: Path, **changes: Any) -> None:
 
 
 def config_file(path: Path, body: str) -> None:
-    path.write_text(f"from experiments.build import config\n{body}\n")
+    path.write_text(f"from experiments.configuring import config\n{body}\n")
 
 
 def write_data(files: Path) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, schema, steps, train
+from experiments import build, cli, configuring, schema, steps, train
 from rain_jax import attacks, data, losses, methods, models, norms, optimisers, schedules
 from rain_jax.checks import UsageError
 from rain_jax.methods.common import Staged
@@ -34,7 +34,7 @@ def small(**changes: Any) -> Any:
         training=dict(epochs=1, batch_size=32),
         evaluation=dict(attacks=dict(pgd=PGD)),
     )
-    return build.config(**{**sections, **changes})
+    return configuring.config(**{**sections, **changes})
 
 
 def refused(call: Callable[[], Any], *says: str) -> None:
@@ -130,7 +130,7 @@ def test_estimators_are_made_by_name_and_by_section():
 
 
 def test_defaults_are_filled_in():
-    found = build.plain(small(method=dict(name="adversarial", attack=PGD)))
+    found = configuring.plain(small(method=dict(name="adversarial", attack=PGD)))
     for column in (found["method"]["attack"], found["evaluation"]["attacks"]["pgd"]):
         assert column == dict(
             name="pgd", steps=2, step_size=None, restarts=1, loss="cross_entropy", estimator=None,
@@ -146,8 +146,8 @@ def test_defaults_are_filled_in():
 
 
 def test_a_filled_config_stays_as_it_is():
-    found = build.plain(small(average=dict(decay=0.5)))
-    assert build.plain(build.config(**found)) == found
+    found = configuring.plain(small(average=dict(decay=0.5)))
+    assert configuring.plain(configuring.config(**found)) == found
     assert build.experiment(found).config == found
 
 
@@ -161,7 +161,7 @@ def test_every_default_of_every_member_can_be_built(section, name):
     needs: dict[str, Any] = {"schedule": dict(peak=0.1)}.get(section, {})
     if name == "piecewise":
         needs["at"] = (1, 2)
-    filled = build.plain(small(**{section: dict(name=name, **needs)}))[section]
+    filled = configuring.plain(small(**{section: dict(name=name, **needs)}))[section]
     # Through JSON, as the folder of a run keeps it.
     filled = json.loads(json.dumps(filled))
     given = {
@@ -180,7 +180,7 @@ def test_every_default_of_every_attack_can_be_built(name):
     column = dict(name=name, **needed)
     norm = dict(norm="l2", radius=0.5) if name == "ddn" else dict(norm="linf", radius=0.1)
     whole = small(threat=norm, evaluation=dict(attacks=dict(x=column)))
-    found = json.loads(json.dumps(build.plain(whole)))
+    found = json.loads(json.dumps(configuring.plain(whole)))
     assert "x" in build.experiment(found).looks
 
 
@@ -209,11 +209,11 @@ CHANGES = [
 
 @pytest.mark.parametrize("key, text, expected", CHANGES)
 def test_every_kind_of_value_can_be_changed(key, text, expected):
-    before = build.plain(small(method=dict(name="adversarial", attack=PGD)))
+    before = configuring.plain(small(method=dict(name="adversarial", attack=PGD)))
     changes = [(key, cli.value_of(text))]
     if key.startswith("validation"):
         changes.append(("data.holdout", 8))
-    after = build.plain(build.changed(before, changes))
+    after = configuring.plain(configuring.changed(before, changes))
     found: Any = after
     for name in key.split("."):
         found = found[name]
@@ -223,7 +223,7 @@ def test_every_kind_of_value_can_be_changed(key, text, expected):
 
 def test_a_change_leaves_the_config_it_is_made_from():
     before = small()
-    build.changed(before, [("seed", 7), ("network.hidden", 3)])
+    configuring.changed(before, [("seed", 7), ("network.hidden", 3)])
     assert before.seed == 0
     assert before.network.hidden == 100
 
@@ -233,15 +233,15 @@ NATURAL = dict(name="natural", label_smoothing=0.0, mix="none", mix_alpha=1.0)
 
 def test_another_name_drops_what_only_the_old_one_knew():
     before = small(method=dict(name="adversarial", attack=PGD, label_smoothing=0.1))
-    after = build.changed(before, [("method.name", "natural")])
-    assert build.plain(after)["method"] == {**NATURAL, "label_smoothing": 0.1}
+    after = configuring.changed(before, [("method.name", "natural")])
+    assert configuring.plain(after)["method"] == {**NATURAL, "label_smoothing": 0.1}
 
 
 def test_another_name_brings_its_own_defaults():
     """PGD's default start is no wish of the user's, so MI-FGSM keeps its own."""
     key = "evaluation.attacks.pgd"
-    after = build.changed(small(), [(f"{key}.decay", 0.5), (f"{key}.name", "mi_fgsm")])
-    column = build.plain(after)["evaluation"]["attacks"]["pgd"]
+    after = configuring.changed(small(), [(f"{key}.decay", 0.5), (f"{key}.name", "mi_fgsm")])
+    column = configuring.plain(after)["evaluation"]["attacks"]["pgd"]
     assert column["start"] == "clean"
     assert (column["steps"], column["decay"]) == (2, 0.5)
     assert "keep" not in column
@@ -250,24 +250,26 @@ def test_another_name_brings_its_own_defaults():
 
 def test_another_name_does_not_excuse_unknown_keys():
     changes = [("network.name", "preact_resnet"), ("network.widht", 8)]
-    refused(lambda: build.experiment(build.changed(small(), changes)), "'width'")
+    refused(lambda: build.experiment(configuring.changed(small(), changes)), "'width'")
     # Nor keys of the one that it replaces, where they are asked for now.
     changes = [("network.name", "preact_resnet"), ("network.hidden", 8)]
-    refused(lambda: build.experiment(build.changed(small(), changes)), "config.network.hidden")
+    refused(
+        lambda: build.experiment(configuring.changed(small(), changes)), "config.network.hidden"
+    )
 
 
 def test_another_method_keeps_the_attack_and_one_may_be_added():
     key = "method.attack"
-    after = build.changed(small(), [("method.name", "adversarial"), (f"{key}.name", "pgd"),
+    after = configuring.changed(small(), [("method.name", "adversarial"), (f"{key}.name", "pgd"),
                                     (f"{key}.steps", 3)])  # fmt: skip
-    assert build.plain(after)["method"]["attack"]["steps"] == 3
+    assert configuring.plain(after)["method"]["attack"]["steps"] == 3
     build.experiment(after)
 
 
 def test_columns_can_be_added_and_taken_out():
     key = "evaluation.attacks"
     changes = [(f"{key}.pgd", None), (f"{key}.weak.name", "fgsm"), (f"{key}.weak.start", "uniform")]
-    assert list(build.experiment(build.changed(small(), changes)).looks) == ["weak"]
+    assert list(build.experiment(configuring.changed(small(), changes)).looks) == ["weak"]
 
 
 def test_what_a_text_on_the_command_line_means():
@@ -313,19 +315,19 @@ def test_a_twin_has_other_sections_and_their_defaults():
         method=dict(name="adversarial", attack=PGD),
         twin=dict(method=dict(name="natural"), threat=dict(radius=0.2)),
     )
-    found = build.twin(config)
+    found = configuring.twin(config)
     assert found is not None
     assert found["twin"] is None
     assert found["method"] == NATURAL
     assert found["threat"] == dict(norm="linf", radius=0.2)
-    own = build.plain(config)
+    own = configuring.plain(config)
     same = set(own) - {"twin", "method", "threat"}
     assert {name: found[name] for name in same} == {name: own[name] for name in same}
     build.experiment(found)
-    assert build.twin(small()) is None
-    assert build.twin(small(twin={})) is None
-    refused(lambda: build.twin(small(twin=dict(seed=1))), "seed")
-    refused(lambda: build.twin(small(twin=5)), "config.twin=5", "section")
+    assert configuring.twin(small()) is None
+    assert configuring.twin(small(twin={})) is None
+    refused(lambda: configuring.twin(small(twin=dict(seed=1))), "seed")
+    refused(lambda: configuring.twin(small(twin=5)), "config.twin=5", "section")
 
 
 def blank(
@@ -349,9 +351,9 @@ def blank(
 def test_every_config_builds(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = cli.load_config(str(path))
-    config = build.changed(loaded, commands.without_runs(loaded))
-    wholes = [build.plain(config)]
-    if (other := build.twin(config)) is not None:
+    config = configuring.changed(loaded, commands.without_runs(loaded))
+    wholes = [configuring.plain(config)]
+    if (other := configuring.twin(config)) is not None:
         wholes.append(other)
     for whole in wholes:
         try:
@@ -380,7 +382,7 @@ def test_weights_are_perturbed_around_any_method():
     )
     experiment = build.experiment(config)
     assert isinstance(experiment.objective, Staged)
-    plain = build.experiment(build.changed(config, [("method.awp", None)]))
+    plain = build.experiment(configuring.changed(config, [("method.awp", None)]))
     key = jax.random.key(0)
     images = jax.random.uniform(key, (4, *experiment.splits.train.shape))
     batch = Batch(images, jnp.arange(4), jnp.arange(4), jnp.ones(4, bool))
@@ -401,11 +403,11 @@ def test_weights_are_perturbed_around_any_method():
 )
 def test_mistakes_in_them_are_told(change, says):
     with pytest.raises(UsageError, match=says):
-        build.experiment(build.changed(small(), [change]))
+        build.experiment(configuring.changed(small(), [change]))
 
 
 def test_replays_are_steps_of_the_schedule_and_are_restored(tmp_path, capsys):
-    config = build.changed(
+    config = configuring.changed(
         small(),
         [("training.replays", 3), ("training.epochs", 0.5), ("method", dict(name="natural")),
          ("evaluation.images", 8), ("parallel.devices", 1)],

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, certify, cli, loading, train, workdir
+from experiments import build, certify, cli, configuring, loading, train, workdir
 from rain_jax import data
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import smoothing
@@ -18,16 +18,16 @@ NOISE = dict(name="gaussian_noise", scale=0.2)
 ASKED = ["sigma=(0.2,0.4)", "draws=200", "selection=20", "images=21", "every=2", "block=4"]
 
 
-def config_of(folder, **sections):
+def config_of(folder, **own):
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {
         "attacks": {"fgsm": {"name": "fgsm"}}, "batch_size": 100, "images": 5, "draws": 1
     }  # fmt: skip
     whole["parallel"]["devices"] = 1
-    whole |= {"method": dict(name="natural"), "validation": None, **sections}
-    return build.config(**whole)
+    whole |= {"method": dict(name="natural"), "validation": None, **own}
+    return configuring.config(**whole)
 
 
 def certified(folder, *changes, code=0):

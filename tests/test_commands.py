@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, steps, train
+from experiments import build, configuring, steps, train
 from rain_jax import training
 from rain_jax.parallel import choose_devices, place
 
@@ -134,8 +134,8 @@ def hurried(section):
 
 @pytest.mark.parametrize("path", commands.CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path):
-    spec = build.plain(runpy.run_path(str(path))["get_config"]())
-    spec = build.plain(build.changed(spec, commands.without_runs(spec)))
+    spec = configuring.plain(runpy.run_path(str(path))["get_config"]())
+    spec = configuring.plain(configuring.changed(spec, commands.without_runs(spec)))
     shape = shape_of(spec["data"])
     classes = 100 if "cifar100" in spec["data"]["name"] else 10
     draw = np.random.default_rng(0)
@@ -156,10 +156,10 @@ def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path):
     }
     spec = hurried(spec)
     spec["data"] = {"name": f"arrays:{tmp_path / 'data.npz'}", "holdout": 4}
-    for sections in (spec, spec.get("twin") or {}):
+    for run in (spec, spec.get("twin") or {}):
         for name, changes in quick.items():
-            if sections.get(name):
-                sections[name] = {**sections[name], **changes}
+            if run.get(name):
+                run[name] = {**run[name], **changes}
     # Two batches of four are what the eight images that are not held out make: one epoch.
     spec["training"]["epochs"] = 1
     train.main(spec, tmp_path / "run")
@@ -243,7 +243,7 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
 def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
     """Numbers to rounding; each dispatch one program, the state donated."""
     whole = runpy.run_path(str(config))["get_config"]()
-    experiment = build.experiment(build.changed(whole, [("training.feed", feed)]))
+    experiment = build.experiment(configuring.changed(whole, [("training.feed", feed)]))
     devices = place(mapping, choose_devices(2))
     plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
     method, images = experiment.method(plan), np.zeros((1, 8, 8, 1), np.float32)
@@ -270,7 +270,7 @@ def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
 def test_a_run_in_dispatches_goes_on_after_a_stop_with_the_same_bits(config, tmp_path, monkeypatch):
     whole = runpy.run_path(str(config))["get_config"]()
     changes = [("training.steps_per_dispatch", 2), ("training.epochs", 2), ("parallel.devices", 1)]
-    experiment = build.experiment(build.changed(whole, changes))
+    experiment = build.experiment(configuring.changed(whole, changes))
 
     def run(name):
         train.train(experiment, tmp_path / name, name, lambda devices: None)
@@ -288,7 +288,9 @@ def test_a_run_in_dispatches_goes_on_after_a_stop_with_the_same_bits(config, tmp
     commands.assert_same(found, expected[0][1])
     with pytest.raises(build.UsageError, match="dispatch=4: expected at most 3, the steps from"):
         changes[0] = "training.steps_per_dispatch", 4
-        train.train(build.experiment(build.changed(whole, changes)), tmp_path / "no", "no", None)
+        train.train(
+            build.experiment(configuring.changed(whole, changes)), tmp_path / "no", "no", None
+        )
 
 
 def test_dispatches_end_where_something_happens():

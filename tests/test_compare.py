@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: see the extra `peers`")
 
-from experiments import build, compare, train  # noqa: E402
+from experiments import compare, configuring, train  # noqa: E402
 from experiments.comparing import bridges  # noqa: E402
 from experiments.comparing.subject import Subject, subject  # noqa: E402
 from rain_jax import attacks, evaluation  # noqa: E402
@@ -27,10 +27,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole |= {"method": {"name": "natural"}, "validation": None}
     whole["parallel"]["devices"] = 1
-    train.main(build.changed(whole, [("training.epochs", 2)]), folder / "run")
+    train.main(configuring.changed(whole, [("training.epochs", 2)]), folder / "run")
     return folder / "run"
 
 

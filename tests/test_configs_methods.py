@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, defended, evaluate, loading, schema, steps, train
+from experiments import build, cli, configuring, defended, evaluate, loading, schema, steps, train
 from experiments.journal import digest_of
 from rain_jax import data, defences, models, training
 from rain_jax.checks import UsageError
@@ -91,7 +91,7 @@ def tiny(row: str, files: Path, **sections: Any) -> dict[str, Any]:
         if "steps" in section:
             section["steps"] = 1
     extra = spec["data"]["extra"] and f"arrays:{files / 'extra.npz'}"
-    return build.plain(build.config(**{
+    return configuring.plain(configuring.config(**{
         **spec,
         "network": dict(name="cnn", widths=(4,), hidden=4, batch_norm=True, **network),
         "method": method,
@@ -154,7 +154,7 @@ def test_every_kind_of_row_takes_two_steps(row, files):
 )
 def test_what_curves_are_over_can_be_typed(text, key, value, files):
     row = tiny(f"{FOLDER / 'methods'}/{text}", files, evaluation=CHEAP)
-    found: Any = build.experiment(build.changed(row, [(key, value)])).config
+    found: Any = build.experiment(configuring.changed(row, [(key, value)])).config
     for name in key.split("."):
         found = found[name]
     assert found == value
@@ -218,7 +218,7 @@ def conditional(files, tmp_path_factory):
 
 
 def at(spec: dict[str, Any], condition: float | None) -> build.Experiment:
-    return build.experiment(build.changed(spec, [("evaluation.condition", condition)]))
+    return build.experiment(configuring.changed(spec, [("evaluation.condition", condition)]))
 
 
 def test_a_condition_is_what_clean_images_and_attacks_meet(conditional, tmp_path):
@@ -254,9 +254,9 @@ def test_the_journal_tells_conditions_apart(conditional):
 
 def test_a_network_without_modulation_has_no_condition(conditional):
     spec, _ = conditional
-    plain = build.changed(spec, [("network.modulation", "none")])
+    plain = configuring.changed(spec, [("network.modulation", "none")])
     with pytest.raises(UsageError, match=r"evaluation\.condition=0\.5: expected None") as error:
-        at(build.plain(plain), 0.5)
+        at(configuring.plain(plain), 0.5)
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match=r"evaluation\.condition=1\.5"):
         at(spec, 1.5)
@@ -316,4 +316,4 @@ def test_batches_with_extra_images_are_the_same_after_a_stop_and_on_all_devices(
 def test_a_share_that_no_batch_can_hold_is_refused_at_once(files):
     row = tiny(f"{FOLDER / 'published' / 'rebuffi2021.py'}:ddpm", files)
     with pytest.raises(UsageError, match=r"config\.data\.extra_fraction=0\.01: expected images"):
-        build.experiment(build.changed(row, [("data.extra_fraction", 0.01)]))
+        build.experiment(configuring.changed(row, [("data.extra_fraction", 0.01)]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tfds_fixture
 
-from experiments import build, cli, corrupted, corruptions, loading, train, workdir
+from experiments import build, cli, configuring, corrupted, corruptions, loading, train, workdir
 from experiments.corruption_scores import ALEXNET, Errors, compared
 from experiments.corruptions import Corruptions
 from experiments.lines import append
@@ -30,11 +30,11 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corrupted")
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {"images": IMAGES, "attacks": {"fgsm": {"name": "fgsm"}}}
     whole["parallel"]["devices"] = 1
     whole |= {"method": {"name": "natural"}, "validation": None}
-    train.main(build.changed(whole, [("training.epochs", 1)]), folder / "run")
+    train.main(configuring.changed(whole, [("training.epochs", 1)]), folder / "run")
     return folder / "run"
 
 
@@ -114,7 +114,7 @@ def test_an_evaluation_of_corrupted_images_is_of_those_that_the_study_makes(
 def test_mistakes_in_a_corruption_are_met_before_anything_runs(run, change, message):
     whole = workdir.read_config(run)
     with pytest.raises(UsageError, match=message):
-        build.experiment(build.changed(whole, [("evaluation.corruption", change)]))
+        build.experiment(configuring.changed(whole, [("evaluation.corruption", change)]))
 
 
 def test_batches_and_what_else_is_looked_at_change_nothing(run):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, defended, evaluate, looks, measure, recount
+from experiments import build, configuring, defended, evaluate, looks, measure, recount
 from experiments.record import model_info
 from rain_jax import data, evaluation
 
@@ -20,7 +20,7 @@ def experiment_of(tmp_path: Path, **settings):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
     changes = [(f"evaluation.{key}", value) for key, value in settings.items()]
-    return build.experiment(build.changed(scope["get_config"](), changes))
+    return build.experiment(configuring.changed(scope["get_config"](), changes))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
         ("defence", dict(name="gaussian_noise", scale=0.5)),
         ("evaluation", dict(attacks={name: dict(name="noise") for name in names}, draws=16)),
     ]
-    experiment = build.experiment(build.changed(scope["get_config"](), changes))
+    experiment = build.experiment(configuring.changed(scope["get_config"](), changes))
     images = jnp.zeros((1, 8, 8, 1))
     drawn = experiment.network.init(jax.random.key(0), images)
     drawn["params"] = jax.tree.map(lambda leaf: 3 * leaf, drawn["params"])
@@ -270,7 +270,7 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
 
 def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, monkeypatch):
     noisy = {"attacks.pgd40": dict(name="fgsm"), "draws": 8, "checks": False}
-    whole = build.changed(
+    whole = configuring.changed(
         experiment_of(tmp_path, **noisy).config,
         [("defence", dict(name="gaussian_noise", scale=0.2))],
     )

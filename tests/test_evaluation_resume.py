@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, evaluate, journal, measure
+from experiments import build, configuring, evaluate, journal, measure
 from experiments.workdir import read_config
 
 STANDARD = [
@@ -90,10 +90,12 @@ def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrup
 
 @pytest.fixture(scope="module")
 def experiment(uninterrupted):
-    whole = build.changed(read_config(uninterrupted), [])
+    whole = configuring.changed(read_config(uninterrupted), [])
     changes = [tuple(o.removeprefix("--config.").split("=")) for o in STANDARD]
     plain = [(k, v if not v.isdigit() else int(v)) for k, v in changes if v != "None"]
-    return build.experiment(build.changed(whole, [*plain, ("evaluation.attacks.pgd40", None)]))
+    return build.experiment(
+        configuring.changed(whole, [*plain, ("evaluation.attacks.pgd40", None)])
+    )
 
 
 def variables_of(experiment):
@@ -161,7 +163,7 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
     """Blocks of the first are in the folder; none of them is this one's."""
     shutil.copytree(measured[0], tmp_path, dirs_exist_ok=True)
     variables = measured[1]
-    other = build.experiment(build.changed(experiment.config, [change]))
+    other = build.experiment(configuring.changed(experiment.config, [change]))
     taken = []
     read = journal.Pages.read
 

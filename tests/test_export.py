@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adopt, build, export, loading, workdir
+from experiments import adopt, build, configuring, export, loading, workdir
 from experiments.cli import run
 from rain_jax import defences, models
 from rain_jax.checks import UsageError
@@ -112,7 +112,7 @@ def test_what_is_not_installed_is_told_in_a_line(format, monkeypatch):
 
 def config(**start):
     attack = dict(name="pgd", steps=2)
-    return build.config(
+    return configuring.config(
         data=dict(name="digits", holdout=100, limit_train=128, limit_test=40),
         network=dict(
             name="preact_resnet", depths=(2, 2), width=4, variant="kuangliu", mean=0.3, std=0.5

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, frequencies, loading, train, workdir
+from experiments import build, cli, configuring, frequencies, loading, train, workdir
 from rain_jax import data
 from rain_jax.image import band_energy, low_pass, radial_spectrum
 
@@ -19,7 +19,7 @@ RAIN = dict(name="rain", upscaler=dict(name="edsr", blocks=1, width=4, mean=0.5)
 def experiment_of(tmp_path, **sections):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {"images": 20, "batch_size": 10, "attacks": {"fgsm": {"name": "fgsm"}}}
     whole["parallel"]["devices"] = 1
     return build.experiment({**whole, **sections})
@@ -131,7 +131,7 @@ def test_larger_results_have_their_own_frequencies(tmp_path):
 def test_the_command_writes_curves_and_figure(tmp_path, capfd):
     run = tmp_path / "run"
     experiment = experiment_of(tmp_path, defence=BITS, method=dict(name="natural"), validation=None)
-    train.main(build.changed(experiment.config, [("training.epochs", 0.2)]), run)
+    train.main(configuring.changed(experiment.config, [("training.epochs", 0.2)]), run)
     cli.run(frequencies.main, workdir.read_config, ["frequencies", f"--workdir={run}"])
     assert f"{run / 'frequencies.png'} and .json" in capfd.readouterr().out
     record = json.loads((run / "frequencies.json").read_text())

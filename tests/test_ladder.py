@@ -13,6 +13,7 @@ import pytest
 from experiments import (
     build,
     cli,
+    configuring,
     defended,
     evaluate,
     journal,
@@ -42,10 +43,10 @@ VOTE = dict(key="defence.level", values=(15.0, 60.0))
 def experiment_of(tmp_path, *changes, **sections):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {"images": 20, "batch_size": 10, "ladder": TINY}
     whole["parallel"]["devices"] = 1
-    return build.experiment(build.changed({**whole, **sections}, changes))
+    return build.experiment(configuring.changed({**whole, **sections}, changes))
 
 
 def drawn(experiment):
@@ -57,10 +58,10 @@ def drawn(experiment):
 def before(tmp_path_factory):
     """A small run of a network without defence that is over: its folder, and what it learned."""
     folder = tmp_path_factory.mktemp("before")
-    plain = build.plain(experiment_of(folder).config)
+    plain = configuring.plain(experiment_of(folder).config)
     plain["method"], plain["validation"] = {"name": "natural"}, None
     plain["evaluation"] = {"attacks": {"noise": {"name": "noise"}}, "images": 10, "checks": False}
-    train.main(build.changed(plain, [("training.epochs", 0.2)]), folder / "run")
+    train.main(configuring.changed(plain, [("training.epochs", 0.2)]), folder / "run")
     return folder / "run", loading.load(build.experiment(plain), folder / "run")[0]
 
 
@@ -233,7 +234,7 @@ def test_every_rung_spends_what_is_promised(config, full, small, monkeypatch):
     whole = cli.load_config(f"{configs / config}.py:full")
     climbed = {**whole, **cli.load_config(str(configs / "ladder.py"))}
     experiment = build.experiment(
-        build.changed(climbed, [("evaluation.ladder.elsewhere", "runs/other")])
+        configuring.changed(climbed, [("evaluation.ladder.elsewhere", "runs/other")])
     )
     assert experiment.evaluation.images == 1000
     found = {name: look for name, look in experiment.looks.items() if name != "noise"}
@@ -560,7 +561,7 @@ PARTS = [
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
-    spec = build.plain(cli.load_config(str(CONFIGS / part)))
+    spec = configuring.plain(cli.load_config(str(CONFIGS / part)))
     if spec["defence"].get("statistics"):
         np.savez(
             tmp_path / "statistics.npz", **{name: np.ones((3, 8, 8)) for name in Statistics._fields}
@@ -601,9 +602,9 @@ def test_a_ladder_that_would_measure_something_else_is_refused(tmp_path, change,
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
     begun = [("evaluation.attacks.pgd40", None), ("evaluation.ladder", dict(steps=3))]
-    build.experiment(build.changed(scope["get_config"](), begun))
+    build.experiment(configuring.changed(scope["get_config"](), begun))
     with pytest.raises(build.UsageError, match=message):
-        build.experiment(build.changed(scope["get_config"](), [*begun, change]))
+        build.experiment(configuring.changed(scope["get_config"](), [*begun, change]))
 
 
 def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path):
@@ -611,7 +612,7 @@ def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path)
     exec(commands.write_config(tmp_path).read_text(), scope)
     elsewhere = [("evaluation.ladder", dict(steps=3, elsewhere=str(tmp_path / "nowhere")))]
     begun = [("evaluation.attacks.pgd40", None), *elsewhere]
-    experiment = build.experiment(build.changed(scope["get_config"](), begun))
+    experiment = build.experiment(configuring.changed(scope["get_config"](), begun))
     images = jnp.zeros((1, 8, 8, 1))
     drawn = experiment.network.init(jax.random.key(0), images)
     with pytest.raises(build.UsageError, match="nowhere: expected the folder of a run"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, evaluate, loading, train, workdir
+from experiments import build, cli, configuring, evaluate, loading, train, workdir
 from experiments.defended import logits_fn_of
 from rain_jax import data, defences, models
 from rain_jax.checks import UsageError
@@ -22,12 +22,12 @@ def trained(folder, **sections):
     """A few steps on digits behind JPEG."""
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = build.plain(scope["get_config"]())
+    whole = configuring.plain(scope["get_config"]())
     whole |= {"network": NETWORK, "method": {"name": "natural"}, "validation": None, **sections}
     whole["training"] = dict(epochs=1, batch_size=64)
     whole["parallel"] = dict(devices=1)
     whole["evaluation"] = dict(images=IMAGES, checks=False, attacks=dict(fgsm=dict(name="fgsm")))
-    train.main(build.config(**whole), folder / "run")
+    train.main(configuring.config(**whole), folder / "run")
     return folder / "run"
 
 
@@ -46,7 +46,7 @@ def voting(tmp_path_factory):
 
 
 def loaded(folder, *changes):
-    experiment = build.experiment(build.changed(workdir.read_config(folder), changes))
+    experiment = build.experiment(configuring.changed(workdir.read_config(folder), changes))
     return experiment, loading.load(experiment, folder)[0]
 
 

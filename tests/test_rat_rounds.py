@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pytest
 
-from experiments import build, perturbations, rat, train
+from experiments import build, configuring, perturbations, rat, train
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
 
@@ -36,7 +36,7 @@ def run(config, folder):
 def config(tmp_path_factory):
     """One round for a small CNN that has been trained naturally."""
     folder = tmp_path_factory.mktemp("start")
-    natural = build.config(
+    natural = configuring.config(
         **SHARED,
         method=dict(name="natural"),
         schedule=dict(name="constant", peak=0.05),
@@ -160,7 +160,7 @@ def test_mistakes_are_told_before_anything_runs(config, change, message):
 
 
 def test_training_alone_says_where_its_perturbations_come_from(config, tmp_path):
-    spec = build.plain(config)
+    spec = configuring.plain(config)
     del spec["rat"]
     with pytest.raises(UsageError, match=r"config\.method\.name.*python -m experiments\.rat"):
-        train.main(build.config(**spec), tmp_path / "run")
+        train.main(configuring.config(**spec), tmp_path / "run")

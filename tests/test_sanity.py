@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import build, evaluate, proof, report, sanity
+from experiments import build, configuring, evaluate, proof, report, sanity
 from experiments.journal import FOLDER
 from rain_jax.checks import UsageError
 from rain_jax.types import Network
@@ -44,7 +44,7 @@ def experiment_of(file):
     """Of a model that is one function `(key, image) -> logits [3]`, and of some attacks."""
     scope: dict[str, Any] = {}
     exec(commands.CONFIG, scope)
-    plain = build.plain(scope["get_config"]())
+    plain = configuring.plain(scope["get_config"]())
     plain["data"] = dict(name=f"arrays:{file}")
     plain["validation"] = None
     plain["parallel"] = dict(devices=1)
@@ -52,7 +52,7 @@ def experiment_of(file):
 
     def made(function=None, *changes, random=False, **columns):
         spec = dict(attacks=columns or dict(pgd=PGD), batch_size=64)
-        built = build.experiment(build.changed({**plain, "evaluation": spec}, changes))
+        built = build.experiment(configuring.changed({**plain, "evaluation": spec}, changes))
         if function is not None:
             built = built._replace(network=network_of(function, random))
         return built

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import build, cli, scaling
+from experiments import build, cli, configuring, scaling
 from experiments.scaling_counts import hlo, programs, roofline
 from experiments.scaling_counts.roofline import Machine
 from rain_jax.checks import UsageError
@@ -160,7 +160,7 @@ NATURAL = ("method.name", "natural")  # compiles soon
 
 def experiment_of(folder, *changes):
     path = commands.write_config(folder)
-    return build.experiment(build.changed(cli.load_config(str(path)), changes))
+    return build.experiment(configuring.changed(cli.load_config(str(path)), changes))
 
 
 @pytest.mark.parametrize("mode", ["eval", "batch", "train"])
@@ -327,7 +327,7 @@ def test_job_files_name_commands_and_configs_that_exist():
                 for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", said)
             ]
             if "sweep" not in spec:
-                build.changed(spec, changes)
+                configuring.changed(spec, changes)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

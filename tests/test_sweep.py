@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, defended, loading, measure, schema, sweep
+from experiments import build, configuring, defended, loading, measure, schema, sweep
 from experiments.cli import load_config
 from experiments.pages import load, studies
 from experiments.record import counted
@@ -33,7 +33,7 @@ RADII = (0.02, 0.06, 0.12)
 
 
 def base(**sections) -> dict[str, Any]:
-    return build.plain(build.config(
+    return configuring.plain(configuring.config(
         **{
             "seed": 3,
             "data": dict(name="digits", limit_train=640, limit_test=COUNT),
@@ -97,7 +97,7 @@ def swept(trained: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any],
 
 def evaluated(trained: Path, changes: list[tuple[str, Any]], variables: Any = None) -> np.ndarray:
     """What an evaluation says of the same settings, image by image."""
-    experiment = build.experiment(build.changed(json.loads(
+    experiment = build.experiment(configuring.changed(json.loads(
         (trained / "config.json").read_text()), changes))  # fmt: skip
     if variables is None:
         variables, _ = loading.load(experiment, trained)
@@ -481,7 +481,7 @@ def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch):
         row = counted(np.arange(20) < right)
         record = dict(worst_case=row, clean=row, data="digits", images=20, checks=[], flagged=False)
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(build.plain(config)))
+        (folder / "config.json").write_text(json.dumps(configuring.plain(config)))
         (folder / "evaluation.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(sweep.train, "main", train)

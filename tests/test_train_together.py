@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, evaluate, running, steps, sweep, train
+from experiments import build, configuring, evaluate, running, steps, sweep, train
 from experiments.sweeping import grid, side_by_side
 from experiments.sweeping.side_by_side import Group, groups
 from rain_jax.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ CELLS = [dict(threshold=threshold, seed=seed) for threshold in (0.5, 0.2) for se
 
 
 def base(**sections) -> dict[str, Any]:
-    return build.plain(build.config(
+    return configuring.plain(configuring.config(
         **{
             "data": dict(name="digits", holdout=20, limit_train=96, limit_test=20),
             "network": dict(name="cnn", widths=(4,), hidden=8),
@@ -89,7 +89,7 @@ def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "side_by_side", lambda runs: None)
     for place_of, cell in zip(cells_of(four[0]), CELLS, strict=True):
         own = tmp_path / place_of.name
-        spec = build.changed(
+        spec = configuring.changed(
             base(), [("method.threshold", cell["threshold"]), ("seed", cell["seed"])]
         )
         train.main(spec, own)
@@ -97,7 +97,7 @@ def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
         assert step == wanted == TOTAL
         commands.assert_same(found, leaves)
         assert commands.metrics(place_of) == commands.metrics(own)
-        assert build.plain(json.loads((place_of / "config.json").read_text())) == json.loads(
+        assert configuring.plain(json.loads((place_of / "config.json").read_text())) == json.loads(
             (own / "config.json").read_text()
         )
         assert entries(own) < entries(place_of)
@@ -147,7 +147,7 @@ def test_killed_between_the_saves_of_two_members_they_end_with_the_same_bits(
 
 def changed(*changes: dict[str, Any], **sections: Any) -> list[build.Experiment]:
     return [
-        build.experiment(build.changed(base(**sections), list(change.items())))
+        build.experiment(configuring.changed(base(**sections), list(change.items())))
         for change in changes
     ]
 

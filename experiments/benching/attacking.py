@@ -243,7 +243,7 @@ class _Subject:
         variables, key = self.devices.replicate(self.variables), jax.random.key(1)
 
         def call() -> np.ndarray:
-            stands = np.ones(size, bool)
+            stands: Any = np.ones(size, bool)
             for number, drive in enumerate(drives):
                 own = jax.random.fold_in(key, number)
                 found = drive(variables, own, [self.batch._replace(valid=stands)])

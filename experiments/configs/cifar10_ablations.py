@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import cifar10_small, row
 
 BICUBIC = dict(name="rain", upscaler=dict(name="bicubic"), reach=0.1)

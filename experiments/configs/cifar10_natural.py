@@ -5,7 +5,7 @@ python -m experiments.train --config=experiments/configs/cifar10_natural.py
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import cifar10_small
 
 

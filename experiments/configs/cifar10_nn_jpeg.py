@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import cifar10_small, row
 
 OWN = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")

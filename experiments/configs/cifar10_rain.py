@@ -11,7 +11,7 @@ super-resolution network learns to serve it, by cross-entropy on clean images. T
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import EOT_PGD20, cifar10_small
 
 

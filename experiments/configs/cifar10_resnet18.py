@@ -18,7 +18,7 @@ first 1,000 45.0 under `standard` (docs/gpu.md).
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, Sections, row, with_changes
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255)

@@ -8,7 +8,7 @@ normalised pixels and a learning rate that starts high leave it within the first
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 
 
 def get_config() -> ml_collections.ConfigDict:

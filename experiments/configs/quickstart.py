@@ -5,7 +5,7 @@ python -m experiments.train --config=experiments/configs/quickstart.py
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 
 
 def get_config() -> ml_collections.ConfigDict:

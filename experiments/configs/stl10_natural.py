@@ -11,7 +11,7 @@ a PreAct ResNet-18, for a GPU: 78.8 [76.2, 81.2], and none (docs/gpu.md).
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import stl10
 from rain_jax.checks import one_of
 

@@ -23,7 +23,7 @@ bare classifier (docs/gpu.md).
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import EOT_PGD20, stl10
 from rain_jax.checks import one_of
 

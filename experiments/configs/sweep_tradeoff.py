@@ -16,7 +16,7 @@ at its random start.
 
 from typing import Any
 
-from experiments.build import config, plain
+from experiments.configuring import config, plain
 from experiments.recipes import row
 
 SEEDS = [0, 1, 2]

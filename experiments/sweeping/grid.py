@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from experiments import build, defended, looks, settings
+from experiments import configuring, defended, looks, settings
 from experiments.cli import value_of
 from experiments.schema import call, filled
 from rain_jax.checks import UsageError, nearest, one_of, within
@@ -95,8 +95,8 @@ class Asked(NamedTuple):
 
 def changed(config: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> Asked:
     """Splits a file's config and what was typed into the sweep and the rest."""
-    sections = build.plain(config)
-    spec = dict(sections.pop("sweep", None) or {})
+    run = configuring.plain(config)
+    spec = dict(run.pop("sweep", None) or {})
     axes = dict(spec.get("axes") or {})
     rest = []
     for key, value in changes:
@@ -108,7 +108,7 @@ def changed(config: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> As
         else:
             spec[tail] = value
     spec["axes"] = {k: _values(k, v) for k, v in axes.items() if v is not None}
-    return Asked(call("config.sweep", Sweep, filled(Sweep, spec)), sections, tuple(rest))
+    return Asked(call("config.sweep", Sweep, filled(Sweep, spec)), run, tuple(rest))
 
 
 def _values(key: str, given: Any) -> list[Any]:
@@ -129,8 +129,8 @@ def _values(key: str, given: Any) -> list[Any]:
 def config_of(asked: Asked, cell: Cell, base: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a cell, whose run's own is `base`."""
     own = [(key, value) for key, value in cell.items() if key != RUN]
-    changed_ = build.changed({**base, **asked.sections}, [*asked.changes, *own])
-    return build.plain(changed_)
+    changed_ = configuring.changed({**base, **asked.sections}, [*asked.changes, *own])
+    return configuring.plain(changed_)
 
 
 def title_of(asked: Asked, spec: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ class Parts(NamedTuple):
 def parts(spec: Mapping[str, Any], values: Mapping[str, Any], title: str, classes: int) -> Parts:
     """The same, with `values`, which may be traced, in place of those at their dotted keys."""
     whole = replaced(spec, values)
-    threat: Threat = call("config.threat", build.threat, whole["threat"])
+    threat: Threat = call("config.threat", configuring.threat, whole["threat"])
     column = {title: whole["evaluation"]["attacks"][title]}
     look = looks.columns(settings.Evaluation(attacks=column, distances={}), threat)[title]
     if (look.through or "").startswith(defended.RUN):
@@ -230,10 +230,10 @@ def signature(spec: Mapping[str, Any], data: Sequence[str], title: str, *, model
 
     With `model` what only its attack turns on is left out.
     """
-    sections = ("threat", "network", "defence", "ensemble", "start")
+    names = ("threat", "network", "defence", "ensemble", "start")
     masked = replaced(spec, dict.fromkeys(data))
     evaluation = masked["evaluation"]
-    told = {name: masked[name] for name in sections}
+    told = {name: masked[name] for name in names}
     told["method"] = masked["method"].get("name")
     told |= {name: evaluation[name] for name in ("draws", "eight_bit")}
     if not model:

@@ -105,9 +105,9 @@ def free(
         (inner, own), metrics = jax.lax.scan(replay, (inner, own), jnp.arange(replays))
         if axis_name is not None:
             own = jax.lax.all_gather(own, axis_name, tiled=True)
-        sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)
-        sums["gradient_norm"] = sums["gradient_norm"] / replays
+        totals = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)
+        totals["gradient_norm"] = totals["gradient_norm"] / replays
         after = inner._replace(step=state.step + 1, optimiser=Carried(inner.optimiser, own))
-        return after, sums
+        return after, totals
 
     return Method(init, step)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build
+from experiments import build, configuring
 from rain_jax import models
 from rain_jax.checks import UsageError
 from rain_jax.defences import bit_depth, gaussian_noise, jpeg, median, nn_jpeg, rain
@@ -285,8 +285,11 @@ def test_a_section_of_a_config_is_the_call_that_it_describes():
     ]
     np.testing.assert_allclose(*logits, atol=1e-6)
     # As it is saved with a run and read again.
-    assert built.config["defence"] == build.plain(section)
-    assert build.plain(build.config(**json.loads(json.dumps(built.config)))) == built.config
+    assert built.config["defence"] == configuring.plain(section)
+    assert (
+        configuring.plain(configuring.config(**json.loads(json.dumps(built.config))))
+        == built.config
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ so this is a study of its parts and no reproduction. Nothing has been measured y
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import cifar10_small
 from rain_jax.checks import UsageError, one_of
 

@@ -23,7 +23,7 @@ methods"). The others: not measured yet.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import cifar10_small, method_rows, row, with_changes
 
 EPOCHS = 2

@@ -19,7 +19,7 @@ Not run by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, Sections, row, with_changes
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255, keep="last")

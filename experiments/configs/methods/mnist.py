@@ -21,7 +21,7 @@ Results in per cent, clean and worst case, means of seeds 0, 1 and 2: pgd_at 97.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import MNIST, method_rows, row, with_changes
 
 EPOCHS = 8

@@ -15,7 +15,7 @@ and so are the 1,000 held-out images. Not run by us so far: it needs an accelera
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT
 from rain_jax.checks import one_of
 

@@ -23,7 +23,7 @@ us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, Sections, row, with_changes
 
 ROWS: dict[str, Sections] = {

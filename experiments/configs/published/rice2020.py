@@ -14,7 +14,7 @@ by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT
 from rain_jax.checks import one_of
 

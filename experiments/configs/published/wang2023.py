@@ -21,7 +21,7 @@ images. Not run by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.build import config
+from experiments.configuring import config
 from experiments.recipes import EIGHT
 from rain_jax.checks import one_of
 

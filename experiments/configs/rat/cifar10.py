@@ -14,8 +14,8 @@ after retraining, the set made then 11.6 (README, "Training methods").
 import ml_collections
 
 from experiments import rat
-from experiments.build import plain
 from experiments.configs.methods import cifar10
+from experiments.configuring import plain
 
 
 def get_config() -> ml_collections.ConfigDict:
