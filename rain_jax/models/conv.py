@@ -10,10 +10,11 @@ There is a second way out of the layout, in a loop or not: where a kernel has mo
 image, as on 8x8 digits after two halvings, XLA swaps the two and is slow again. Such images are
 padded first.
 
-In the canonical layout, too, XLA's routines are of unlike speed. Three detours lead around slow
+In the canonical layout, too, XLA's routines are of unlike speed. Four detours lead around slow
 ones (`_by_a_fast_routine`): several pixels at once where there are few channels, a row of zeros for
-images without padding, and for strides backwards a convolution for each phase. They add up the same
-products in another order.
+images without padding, for strides backwards a convolution for each phase, and where there are many
+channels fewer multiplications (`models.winograd`). They add up the same products in another order,
+and the last one sums of them, which costs a bit of precision.
 
 The gradients are convolutions by the same function, so gradients of gradients stay canonical as
 well. What it costs is forward mode: a `custom_vjp` has no `jvp`, so take Jacobians with `jacrev`.
@@ -30,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rain_jax.models import winograd
 from rain_jax.types import Array
 
 CANONICAL = ("NHWC", "HWIO", "NHWC")
@@ -199,6 +201,8 @@ def _by_a_fast_routine(images: Array, kernel: Array, window: _Window) -> Array:
     known = all(isinstance(size, int) for size in (*images.shape[1:], *kernel.shape))
     if images.dtype != jnp.float32 or not known:
         return _plain(images, kernel, window)
+    if _fewer_products_are_faster(images, kernel, window):
+        return _by_winograd(images, kernel, window)
     if window.lhs_dilation != (1, 1):
         if _phases_are_faster(kernel, window):
             return _by_phases(images, kernel, window)
@@ -218,6 +222,47 @@ def _by_a_fast_routine(images: Array, kernel: Array, window: _Window) -> Array:
 
 def _plain(images: Array, kernel: Array, window: _Window) -> Array:
     return lax.conv_general_dilated(images, kernel, **window._asdict(), dimension_numbers=CANONICAL)
+
+
+def _fewer_products_are_faster(images: Array, kernel: Array, window: _Window) -> bool:
+    """Where there are channels enough to pay for Winograd's sums, and tiles for the kernel's.
+
+    How many tiles there are nobody can tell who is given one image: under the `vmap` of an attack
+    it is one of many, and the kernel's sums stand before the loop.
+    """
+    *size, channels, features = kernel.shape
+    usual = window.window_strides == window.lhs_dilation == window.rhs_dilation == (1, 1)
+    usual = usual and size == [3, 3] and all(side >= 0 for pair in window.padding for side in pair)
+    many = min(channels, features) >= 32 and channels + features >= 96
+    area = math.prod(images.shape[1:3])
+    batch = images.shape[0] if isinstance(images.shape[0], int) else 1
+    return usual and many and area >= 4 * 4 and (batch == 1 or batch * area // 4 >= 64)
+
+
+def _fewer_products_are_faster_for_kernels(images: Array, kernel: Array, window: _Window) -> bool:
+    known = all(isinstance(size, int) for size in images.shape[1:])
+    return (
+        known
+        and images.dtype == jnp.float32
+        and _fewer_products_are_faster(images, kernel, window)
+        and min(kernel.shape[2:]) >= 64
+        and math.prod(images.shape[1:3]) <= 16 * 16
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _by_winograd(images: Array, kernel: Array, window: _Window) -> Array:
+    return winograd.convolve(images, kernel, window.padding)
+
+
+@_by_winograd.defjvp
+def _(
+    window: _Window, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Whoever differentiates this and not `_convolve` asked for the gradients of `lax`."""
+    (images, kernel), (images_moved, kernel_moved) = primals, tangents
+    moved = _plain(images_moved, kernel, window) + _plain(images, kernel_moved, window)
+    return _by_winograd(images, kernel, window), moved
 
 
 def _phases_are_faster(kernel: Array, window: _Window) -> bool:
@@ -332,8 +377,12 @@ def _backward(
     flipped = jnp.transpose(k[::-1, ::-1], (0, 1, 3, 2))
     image_gradient = _convolve(g, flipped, towards_images)
 
-    # dL/dk: the images under the cotangent as a kernel [H', W', B, K]; the sum runs over the batch
-    # and the channels take the batch's place.
+    # dL/dk, where small maps of many channels make it worth Winograd's sums; else the images under
+    # the cotangent as a kernel [H', W', B, K]; the sum runs over the batch and the channels take
+    # the batch's place.
+    if _fewer_products_are_faster_for_kernels(x, k, window):
+        kernel_gradient = winograd.kernel_gradient(x, g, padding)
+        return image_gradient.astype(images.dtype), kernel_gradient.astype(kernel.dtype)
     towards_kernel = _Window(
         window_strides=rhs_dilation,
         padding=tuple((low[i], o[i] + m[i] - 1 - n[i] - low[i]) for i in (0, 1)),

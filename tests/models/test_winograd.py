@@ -1,0 +1,168 @@
+"""Winograd's convolutions are convolutions: values, gradients, loops, and where they are taken."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from rain_jax.models import conv, winograd
+from rain_jax.models.conv import CANONICAL, gradients_by_lax, loop_safe_conv
+
+ONE = ((1, 1), (1, 1))
+NONE = ((0, 0), (0, 0))
+# Sizes even and odd, padding none, even and uneven: pixels of the last tiles may be cut away.
+GEOMETRIES = [
+    ((8, 8), ONE), ((7, 9), ONE), ((6, 5), NONE), ((3, 3), NONE), ((5, 8), ((2, 1), (0, 2))),
+    ((4, 4), ((2, 2), (2, 2))),
+]  # fmt: skip
+
+
+def operands(size: Any, channels: int, features: int, batch: int = 2) -> Any:
+    keys = jax.random.split(jax.random.key(3))
+    images = jax.random.normal(keys[0], (batch, *size, channels))
+    return images, jax.random.normal(keys[1], (3, 3, channels, features))
+
+
+def by_lax(images: Any, kernel: Any, padding: Any = ONE) -> Any:
+    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=CANONICAL)
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = float(np.max(np.abs(theirs)))
+        np.testing.assert_allclose(ours, theirs, 0, tolerance * scale)
+
+
+@pytest.mark.parametrize(("size", "padding"), GEOMETRIES)
+def test_values_and_gradients_are_those_of_a_convolution(size: Any, padding: Any) -> None:
+    images, kernel = operands(size, 5, 7)
+    expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
+    found, own = jax.vjp(lambda x, k: winograd.convolve(x, k, padding), images, kernel)
+    assert_close(found, expected)
+    cotangent = jnp.cos(jnp.arange(found.size, dtype=jnp.float32)).reshape(found.shape)
+    assert_close(own(cotangent), pull(cotangent))
+    by_hand = winograd.kernel_gradient(images, cotangent, padding)
+    assert_close(by_hand, pull(cotangent)[1])
+
+
+def test_what_float64_says_is_as_near_as_to_a_direct_convolution() -> None:
+    """Sums of tiles before the products cost precision, but a bit of it."""
+    images, kernel = operands((16, 16), 64, 64)
+    x, k = (np.asarray(array, np.float64) for array in (images, kernel))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    exact = sum(
+        padded[:, row : row + 16, column : column + 16] @ k[row, column]
+        for row in range(3) for column in range(3)
+    )  # fmt: skip
+    size = np.sqrt(np.mean(exact**2))
+    error = {
+        name: np.sqrt(np.mean((np.asarray(convolve(images, kernel, ONE)) - exact) ** 2)) / size
+        for name, convolve in (("direct", by_lax), ("winograd", winograd.convolve))
+    }
+    assert error["winograd"] < 1e-6
+    assert error["winograd"] < 4 * error["direct"]
+
+
+def multiplications(function: Any, *arguments: Any) -> int:
+    """How many matrix products and convolutions are in a function, loops and calls counted once."""
+
+    def count(jaxpr: Any) -> dict[str, int]:
+        found = {"dot_general": 0, "conv_general_dilated": 0}
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in found:
+                found[equation.primitive.name] += 1
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    for name, number in count(inner).items():
+                        found[name] += number
+        return found
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "batch", "taken", "for_kernels"),
+    [
+        ((8, 8), 64, 64, 4, True, True),
+        ((8, 8), 32, 64, 4, True, False),  # forwards alone
+        ((32, 32), 64, 64, 2, True, False),  # the kernel's gradient would take too many pixels
+        ((8, 8), 32, 32, 4, False, False),  # too few channels
+        ((4, 4), 64, 64, 4, False, False),  # too few tiles
+        ((4, 4), 64, 64, 1, True, True),  # of one of many images
+        ((3, 3), 64, 64, 1, False, False),
+    ],
+)
+def test_it_is_taken_where_it_is_faster(
+    size: Any, channels: int, features: int, batch: int, taken: bool, for_kernels: bool
+) -> None:
+    images, kernel = operands(size, channels, features, batch)
+
+    def ours(x: Any, k: Any) -> Any:
+        return loop_safe_conv(x, k, (1, 1), ONE)
+
+    forwards = multiplications(ours, images, kernel)
+    assert forwards == {"dot_general": 16 * taken, "conv_general_dilated": 1 - taken}
+    loss = lambda x, k: jnp.sum(jnp.sin(0.05 * ours(x, k)))
+    to_kernel = multiplications(jax.grad(loss, 1), images, kernel)
+    # Forwards, and back to both: nothing here leaves out what nobody asked for.
+    products = 16 * (2 * taken + for_kernels)
+    assert to_kernel == {
+        "dot_general": products, "conv_general_dilated": 3 - products // 16,
+    }  # fmt: skip
+    for other in ((2, 2), (1, 1)), ((1, 1), (2, 2)):
+        strides, dilation = other
+        apart = lambda x, k, s=strides, d=dilation: loop_safe_conv(x, k, s, ONE, rhs_dilation=d)
+        assert multiplications(apart, images, kernel)["dot_general"] == 0
+    narrow = multiplications(ours, images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert narrow["dot_general"] == 0
+    assert_close(
+        jax.jit(jax.value_and_grad(loss, (0, 1)))(images, kernel),
+        jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(0.05 * by_lax(x, k))), (0, 1)))(
+            images, kernel
+        ),
+        1e-5,
+    )
+
+
+def test_under_vmap_and_in_a_loop_and_twice() -> None:
+    images, kernel = operands((8, 8), 64, 64, 3)
+
+    def climbed(convolve: Any) -> Any:
+        def loss(image: Any, kernel: Any) -> Any:
+            return jnp.sum(jnp.sin(0.1 * convolve(image[None], kernel)))
+
+        def steps(image: Any, kernel: Any) -> Any:
+            body = lambda _, x: x + 0.1 * jax.grad(loss)(x, kernel)
+            return lax.fori_loop(0, 3, body, image)
+
+        total = lambda kernel: jnp.sum(jax.vmap(loss, (0, None))(images, kernel))
+        along = lambda kernel: jnp.sum(jax.grad(total)(kernel) ** 2)
+        return jax.vmap(steps, (0, None))(images, kernel), jax.grad(along)(kernel)
+
+    ours = lambda x, k: loop_safe_conv(x, k, (1, 1), ONE)
+    assert_close(jax.jit(lambda: climbed(ours))(), jax.jit(lambda: climbed(by_lax))(), 2e-5)
+
+
+def test_gradients_left_to_lax_are_its_convolutions() -> None:
+    """Of the same values: weights that learn under a `vmap` over images, as upscalers' do."""
+    images, kernel = operands((8, 8), 64, 64, 3)
+
+    def loss(kernel: Any, convolve: Any) -> Any:
+        each = jax.vmap(lambda image: convolve(image[None], kernel))(images)
+        return jnp.sum(jnp.sin(0.1 * each))
+
+    def ours(x: Any, k: Any) -> Any:
+        with gradients_by_lax():
+            return conv.conv_general_dilated(x, k, (1, 1), ONE, dimension_numbers=CANONICAL)
+
+    counted = multiplications(lambda k: jax.grad(loss)(k, ours), kernel)
+    assert counted["dot_general"] == 16
+    assert counted["conv_general_dilated"] >= 1
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda k, c=c: loss(k, c)))(kernel) for c in (ours, by_lax)
+    )
+    assert_close(found, expected, 1e-5)
