@@ -366,3 +366,17 @@ def test_kernels_of_a_profile_are_counted_by_what_they_do(tmp_path, capsys):
     assert "3 kernels, 3.5 ms of 4.5 ms" in capsys.readouterr().out
     with pytest.raises(UsageError, match="no such file"):
         kernels.main(str(tmp_path / "none.gz"))
+
+
+def test_operations_of_a_cpu_are_counted_too():
+    """But not loops, which are made of others, nor what is no operation."""
+    loop = {"hlo_op": "while.1"}
+    events = [
+        {"ph": "X", "pid": 1, "tid": 1, "name": "ynn_fusion.3", "ts": 0, "dur": 3000, "args": loop},
+        {"ph": "X", "pid": 1, "tid": 2, "name": "add_fusion", "ts": 0, "dur": 1000, "args": loop},
+        {"ph": "X", "pid": 1, "tid": 2, "name": "while.1", "ts": 0, "dur": 4000, "args": loop},
+        {"ph": "X", "pid": 1, "tid": 2, "name": "Execute", "ts": 0, "dur": 9000},
+    ]
+    took, many, span = kernels.kinds(events)
+    assert took == {"products and convolutions, by YNNPACK": 3.0, "elementwise": 1.0}
+    assert (sum(many.values()), span) == (2, 3.0)
