@@ -14,7 +14,8 @@ from experiments.benching.clock import ready
 from experiments.benching.counted import gflop_of
 from experiments.configs import benchmark as configs
 from rain_jax import models
-from rain_jax.models.conv import CANONICAL, conv_general_dilated
+from rain_jax.models.conv import conv_general_dilated
+from rain_jax.models.detours import CANONICAL
 
 NEEDS_TORCH = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,

@@ -16,7 +16,8 @@ from jax import lax
 from experiments.benching.clock import Program, Row, Side, ready
 from experiments.benching.images import device_of, direction, torch_side
 from rain_jax.checks import UsageError, within
-from rain_jax.models.conv import CANONICAL, conv_general_dilated
+from rain_jax.models.conv import conv_general_dilated
+from rain_jax.models.detours import CANONICAL
 from rain_jax.types import Array
 
 

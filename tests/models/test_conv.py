@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 
 from rain_jax import attacks, methods, models, optimisers, training
 from rain_jax.models import conv
-from rain_jax.models.conv import CANONICAL, conv_general_dilated, loop_safe_conv
+from rain_jax.models.conv import conv_general_dilated, loop_safe_conv
+from rain_jax.models.detours import CANONICAL
 from rain_jax.norms import l2, linf
 from rain_jax.types import Batch, Threat
 
@@ -296,6 +297,31 @@ def test_a_detour_is_taken_where_it_is_faster(
     x, k = operands(size, (3, 3), channels)
     program = jax.make_jaxpr(both(strides, padding)[0])(x, k).jaxpr
     assert {equation.outvars[0].aval.shape[1:] for equation in convolutions(program)} == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "channels", "padding"),
+    [
+        ((9, 8), (3, 3), (16, 3), ((1, 1), (1, 1))),
+        ((8, 9), (3, 3), (32, 1), ((2, 2), (2, 2))),
+        ((8, 8), (5, 4), (16, 4), ((3, 0), (1, 2))),
+        ((8, 8), (1, 3), (16, 3), "VALID"),
+    ],
+)
+def test_where_few_channels_leave_there_is_one_product(
+    size: Any, kernel: Any, channels: Any, padding: Any
+) -> None:
+    x, k = operands(size, kernel, channels)
+    ours, theirs = both((1, 1), padding)
+    program = jax.make_jaxpr(ours)(x, k).jaxpr
+    assert [e.params["dimension_numbers"] for e in convolutions(program)] == []
+    assert_close(ours(x, k), theirs(x, k), 2e-6)
+    found, expected = (jax.jit(jax.grad(loss_of(f), (0, 1)))(x, k) for f in (ours, theirs))
+    assert_close(found, expected, 1e-5)
+    # More that leave, or fewer that enter, are a convolution.
+    for other in ((channels[0], 5), (8, channels[1])):
+        program = jax.make_jaxpr(ours)(*operands(size, kernel, other)).jaxpr
+        assert list(convolutions(program))
 
 
 def test_a_batch_of_unknown_size_can_be_exported_with_its_gradients() -> None:

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 from rain_jax.models import conv, winograd
-from rain_jax.models.conv import CANONICAL, gradients_by_lax, loop_safe_conv
+from rain_jax.models.conv import gradients_by_lax, loop_safe_conv
+from rain_jax.models.detours import CANONICAL
 
 ONE = ((1, 1), (1, 1))
 NONE = ((0, 0), (0, 0))
