@@ -1,6 +1,6 @@
 """Convolutions of the shapes that networks here are made of, by ours, by `lax` and by PyTorch.
 
-What shows whether the detours of `models.conv` on CPU still win, when XLA's own routines change.
+What shows whether `models.detours` on CPU still wins, when XLA's own routines change.
 """
 
 import importlib
@@ -40,7 +40,8 @@ class Shape(NamedTuple):
         )
 
 
-# The first layers of MNIST's CNN, of TRADES's and of the small ResNet, then their inner ones.
+# The first layers of MNIST's CNN, of TRADES's two and of the small ResNet, then their inner ones;
+# the first and the inner ones of a ResNet-18.
 SHAPES = (
     (100, 28, 1, 16, 4, 2, 1),
     (64, 28, 1, 32, 3, 1, 0),
@@ -51,6 +52,12 @@ SHAPES = (
     (64, 32, 16, 32, 3, 2, 1),
     (64, 16, 32, 32, 3, 1, 1),
     (64, 8, 64, 64, 3, 1, 1),
+    (64, 32, 3, 32, 3, 1, 0),
+    (64, 12, 64, 64, 3, 1, 0),
+    (32, 32, 3, 64, 3, 1, 1),
+    (32, 32, 64, 64, 3, 1, 1),
+    (32, 16, 128, 128, 3, 1, 1),
+    (32, 8, 256, 256, 3, 1, 1),
 )
 
 
