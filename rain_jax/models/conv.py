@@ -206,8 +206,10 @@ def _backward(
         precision=window.precision,
         preferred_element_type=None,
     )
-    flipped = jnp.transpose(k[::-1, ::-1], (0, 1, 3, 2))
-    image_gradient = _convolve(g, flipped, towards_images)
+    image_gradient = detours.image_gradient(g, k, towards_images)
+    if image_gradient is None:
+        flipped = jnp.transpose(k[::-1, ::-1], (0, 1, 3, 2))
+        image_gradient = _convolve(g, flipped, towards_images)
 
     # dL/dk: the images under the cotangent as a kernel [H', W', B, K]; the sum runs over the batch
     # and the channels take the batch's place.

@@ -7,6 +7,7 @@ lead around slow ones, and which form wins where was found by timing them agains
 - where many channels meet many, fewer multiplications (`models.winograd`);
 - where few leave, as towards the colours of images, one matrix product and sums of its shifts;
 - where few enter, several pixels at once;
+- backwards from few pixels under a large kernel a product for each tap, since XLA transposes slowly;
 - a row of zeros for images of many channels and without padding;
 - for strides backwards a convolution for each phase.
 
@@ -15,6 +16,7 @@ precision.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ def convolved(images: Array, kernel: Array, window: Window) -> Array:
     """Images [B, H, W, C] under a kernel [h, w, C, K]: the form that is fastest for these sizes."""
     if not _known(images, kernel, window):
         return plain(images, kernel, window)
-    if _fewer_products_are_faster(images, kernel, window):
+    if _fewer_products_are_faster(images.shape, kernel.shape, window):
         return _by_winograd(images, kernel, window)
     if _few_leave(images, kernel, window):
         return _by_shifts(images, kernel, window)
@@ -64,13 +66,30 @@ def convolved(images: Array, kernel: Array, window: Window) -> Array:
     return plain(images, kernel, window)
 
 
+def image_gradient(cotangent: Array, kernel: Array, window: Window) -> Array | None:
+    """What a cotangent [B, H', W', K] sends back to images; None where there is no detour.
+
+    That is its convolution under the kernel [h, w, C, K] turned round, by the geometry of `window`,
+    with inputs for outputs. XLA transposes large kernels slowly: here they stay as they are.
+    """
+    if not _known(cotangent, kernel, window):
+        return None
+    taps = kernel[::-1, ::-1]
+    swapped = (*kernel.shape[:2], *kernel.shape[:1:-1])
+    if _fewer_products_are_faster(cotangent.shape, swapped, window):
+        return winograd.convolve(cotangent, taps, window.padding, turned=True)
+    if _few_pixels(cotangent.shape, kernel.shape) and _moves_by_pixels(window):
+        return _by_taps(cotangent, taps, window)
+    return None
+
+
 def kernel_gradient(images: Array, kernel: Array, cotangent: Array, window: Window) -> Array | None:
     """What a cotangent [B, H', W', K] sends back to the kernel; None where there is no detour."""
     if not _known(images, kernel, window):
         return None
     if min(kernel.shape[2:]) < 64 or math.prod(images.shape[1:3]) > 16 * 16:
         return None
-    if not _fewer_products_are_faster(images, kernel, window):
+    if not _fewer_products_are_faster(images.shape, kernel.shape, window):
         return None
     return winograd.kernel_gradient(images, cotangent, window.padding)
 
@@ -90,17 +109,18 @@ def plain(images: Array, kernel: Array, window: Window) -> Array:
     return lax.conv_general_dilated(images, kernel, **window._asdict(), dimension_numbers=CANONICAL)
 
 
-def _fewer_products_are_faster(images: Array, kernel: Array, window: Window) -> bool:
+def _fewer_products_are_faster(
+    images: tuple[int, ...], kernel: tuple[int, ...], window: Window
+) -> bool:
     """Where there are channels enough to pay for Winograd's sums, and tiles for the kernel's.
 
     How many tiles there are nobody can tell who is given one image: under the `vmap` of an attack
     it is one of many, and the kernel's sums stand before the loop.
     """
-    *size, channels, features = kernel.shape
+    *size, channels, features = kernel
     usual = size == [3, 3] and _moves_by_pixels(window)
     many = min(channels, features) >= 32 and channels + features >= 96
-    area = math.prod(images.shape[1:3])
-    batch = images.shape[0] if isinstance(images.shape[0], int) else 1
+    area, batch = math.prod(images[1:3]), images[0] if isinstance(images[0], int) else 1
     return usual and many and area >= 4 * 4 and (batch == 1 or batch * area // 4 >= 64)
 
 
@@ -119,19 +139,41 @@ def _moves_by_pixels(window: Window) -> bool:
 def _by_shifts(images: Array, kernel: Array, window: Window) -> Array:
     """What each pixel gives to each of those around it in one product, and the sums of these."""
     height, width, channels, features = kernel.shape
-    (top, bottom), (left, right) = window.padding
     taps = jnp.transpose(kernel, (2, 0, 1, 3)).reshape(channels, -1)
     given = lax.dot_general(images, taps, (((3,), (0,)), ((), ())), precision=window.precision)
     given = given.reshape(*given.shape[:3], height, width, features)
-    zero = jnp.zeros((), given.dtype)
+    return _shifted(lambda y, x: given[:, :, :, y, x], kernel, window)
+
+
+def _few_pixels(images: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """Of a batch that is known; and a large kernel, to transpose which takes longer than to use."""
+    batch, *size, _ = images
+    known = isinstance(batch, int) and batch > 1
+    return known and batch * math.prod(size) <= 128 and min(kernel[2:]) >= 128
+
+
+def _by_taps(images: Array, taps: Array, window: Window) -> Array:
+    """The convolution under taps [h, w, K, C], a product for each of them."""
+    contract = (((3,), (1,)), ((), ()))
+
+    def given(y: int, x: int) -> Array:
+        return lax.dot_general(images, taps[y, x], contract, precision=window.precision)
+
+    return _shifted(given, taps, window)
+
+
+def _shifted(given: Callable[[int, int], Array], kernel: Array, window: Window) -> Array:
+    """The sum of what each tap of a kernel is given, [B, H, W, K], moved to where it goes."""
+    (top, bottom), (left, right) = window.padding
+    height, width = kernel.shape[:2]
     total: Any = 0
     for y in range(height):
         for x in range(width):
             rows = top - y, bottom - (height - 1) + y, 0
             columns = left - x, right - (width - 1) + x, 0
-            total = total + lax.pad(
-                given[:, :, :, y, x], zero, [(0, 0, 0), rows, columns, (0, 0, 0)]
-            )
+            part = given(y, x)
+            moved = [(0, 0, 0), rows, columns, (0, 0, 0)]
+            total = total + lax.pad(part, jnp.zeros((), part.dtype), moved)
     return total
 
 

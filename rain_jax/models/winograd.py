@@ -25,15 +25,17 @@ _OF_PRODUCTS: _Numbers = ((1, 1, 1, 0), (0, 1, -1, -1))
 Padding = Sequence[tuple[int, int]]
 
 
-def convolve(images: Array, kernel: Array, padding: Padding) -> Array:
+def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = False) -> Array:
     """Images [B, H, W, C] under a kernel [3, 3, C, K], with stride 1: [B, H', W', K].
 
-    `padding` is pairs (low, high), of rows and of columns of zeros, none of them negative.
+    `padding` is pairs (low, high), of rows and of columns of zeros, none of them negative. A kernel
+    that is `turned` is [3, 3, K, C], as the way back to images has it, and stays as it lies.
     """
     height, width = _sizes(images, padding)
     taps = _combined(_OF_TAPS, [list(row) for row in kernel])
+    contract = (((3,), (int(turned),)), ((), ()))
     products = _each(
-        lambda tile, tap: lax.dot_general(tile, tap, (((3,), (0,)), ((), ()))),
+        lambda tile, tap: lax.dot_general(tile, tap, contract),
         _tiles(images, padding),
         taps,
     )

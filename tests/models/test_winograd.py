@@ -129,6 +129,28 @@ def test_it_is_taken_where_it_is_faster(
     )
 
 
+def test_a_large_kernel_is_not_transposed_for_a_few_pixels() -> None:
+    """On the way back to images: a product for each tap, of the kernel as it is."""
+    images, kernel = operands((4, 4), 128, 160, 4)
+    cotangent = jnp.cos(jnp.arange(4 * 4 * 4 * 160, dtype=jnp.float32)).reshape(4, 4, 4, 160)
+
+    def back(convolve: Any) -> Any:
+        return lambda x, k, g: jax.vjp(lambda x: convolve(x, k), x)[1](g)[0]
+
+    ours = back(lambda x, k: loop_safe_conv(x, k, (1, 1), ONE))
+    assert_close(ours(images, kernel, cotangent), back(by_lax)(images, kernel, cotangent))
+    counted = multiplications(ours, images, kernel, cotangent)
+    assert counted["dot_general"] == 9
+    transposed = [
+        line for line in str(jax.make_jaxpr(ours)(images, kernel, cotangent)).splitlines()
+        if "= transpose" in line and "f32[3,3,160,128]" in line
+    ]  # fmt: skip
+    assert not transposed
+    several = jnp.concatenate([images] * 3), kernel, jnp.concatenate([cotangent] * 3)
+    assert_close(ours(*several), back(by_lax)(*several))
+    assert multiplications(ours, *several)["dot_general"] == 0  # two convolutions, or three
+
+
 def test_under_vmap_and_in_a_loop_and_twice() -> None:
     images, kernel = operands((8, 8), 64, 64, 3)
 
