@@ -1,13 +1,13 @@
 """A convolution on CPU in the form that is fastest there.
 
-In the canonical layout (images NHWC, kernel HWIO) XLA's routines are of unlike speed. Five detours
+In the canonical layout (images NHWC, kernel HWIO) XLA's routines are of unlike speed. Six detours
 lead around slow ones, and which form wins where was found by timing them against each other (jaxlib
 0.10, x86, float32); `experiments.benchmark --config.suite=convolutions` times what came of it:
 
 - where many channels meet many, fewer multiplications (`models.winograd`);
 - where few leave, as towards the colours of images, one matrix product and sums of its shifts;
 - where few enter, several pixels at once;
-- backwards from few pixels under a large kernel a product for each tap, since XLA transposes slowly;
+- backwards from few pixels under a large kernel a product for each tap, none of them transposed;
 - a row of zeros for images of many channels and without padding;
 - for strides backwards a convolution for each phase.
 
