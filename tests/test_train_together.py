@@ -107,7 +107,7 @@ def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
 
 def test_the_step_is_compiled_once_for_all(four):
     _, compiled = four
-    assert compiled.count("jit(all_steps)") == 1
+    assert compiled.count("jit(dispatch)") == 1
 
 
 def test_the_sweep_and_other_commands_know_the_members(four):
@@ -197,10 +197,10 @@ def test_each_shape_is_a_group_of_its_own():
 
 
 def walked(course: train.Course, states: list[Any]) -> Any:
-    state, feeds = course.join(states), course.feed(0)
-    for _ in range(2):
-        state, metrics = course.step(state, next(feeds))
-    return state, course.told(jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), metrics))
+    state = course.join(states)
+    for fed in commands.one_by_one(course.feed(0), 2):
+        state, metrics = course.step(state, fed)
+    return state, course.told(jax.tree.map(lambda leaf: np.asarray(leaf)[0].tolist(), metrics))
 
 
 def begun(experiments: list[build.Experiment], plan: Any, devices: Any) -> list[Any]:
@@ -237,14 +237,18 @@ def test_the_member_that_diverged_is_named(tmp_path):
     losses = iter([[1.0, 2.0], [1.0, np.nan], [1.0, 2.0]])
 
     def step(state: Any, _: Any) -> tuple[Any, dict[str, Any]]:
-        return state, {"loss": np.array(next(losses)), **dict.fromkeys(
-            ("gradient_norm", "images"), np.ones(2))}  # fmt: skip
+        return state, {"loss": np.array([next(losses)]), **dict.fromkeys(
+            ("gradient_norm", "images"), np.ones((1, 2)))}  # fmt: skip
 
     def told(metrics: dict[str, Any]) -> list[dict[str, float]]:
         return [{name: values[m] for name, values in metrics.items()} for m in (0, 1)]
 
     course = train.Course(
-        step, lambda first: itertools.repeat(None), lambda states: states, lambda s, m: s[m], told
+        step,
+        lambda first: itertools.repeat((None, None)),
+        lambda states: states,
+        lambda s, m: s[m],
+        told,
     )
     with pytest.raises(Diverged, match=r"^cell 1: loss is nan at step 2$"):
         train.train_members(members, lambda plan, devices: course, "both")
