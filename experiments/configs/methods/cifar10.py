@@ -17,8 +17,9 @@ trade-off `--config.method.threshold=0.3` (the paper's c), for that of TRADES
 Any defence goes in front of any method: `--config.defence.name=jpeg`.
 
 Results in per cent, clean and worst case, seed 0: natural 69.4, 0.0; pgd_at 46.6, 24.4; trades
-51.0, 24.0; sense 68.2, 1.4; afd 41.6, 11.0; fat 51.8, 24.6; n_fgsm 45.0, 24.4 (README, "Training
-methods"). The others: not measured yet.
+51.0, 24.0; sense 68.2, 1.4; afd 41.6, 11.0; fat 51.8, 24.6; n_fgsm 45.0, 24.4; fast 45.4, 24.6;
+free 49.6, 27.8; mart 39.4, 23.6; sense_trade 65.6, 6.2 (README, "Training methods"). The others:
+not measured yet.
 """
 
 import ml_collections
