@@ -13,6 +13,7 @@ from experiments.benching.clock import Row, Side
 from experiments.benching.counted import gflop_of
 from experiments.benching.images import cores, pictures
 from experiments.benching.training import Workload, known, twin
+from experiments.comparing.sides import cascade
 from experiments.defended import logits_fn_of
 from rain_jax import attacks, evaluation, norms
 from rain_jax.attacks import suites
@@ -242,14 +243,11 @@ class _Subject:
         judge = evaluation.judging(self.of, rules, self.devices, batch_size=size)
         variables, key = self.devices.replicate(self.variables), jax.random.key(1)
 
+        def those(stands: Any) -> list[Batch]:
+            return [self.batch._replace(valid=stands)]
+
         def call() -> np.ndarray:
-            stands: Any = np.ones(size, bool)
-            for number, drive in enumerate(drives):
-                own = jax.random.fold_in(key, number)
-                found = drive(variables, own, [self.batch._replace(valid=stands)])
-                for some in judge(variables, own, found):
-                    stands[some.judgement.index] = evaluation.standing(some.judgement)
-            return stands
+            return cascade(drives, judge, variables, key, those, size)
 
         return Side(call, gflop=sum(map(self.gflop, members.values())))
 

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from experiments.comparing.subject import Subject
 from rain_jax import attacks, evaluation, norms
 from rain_jax.attacks import suites
-from rain_jax.types import Iteration, Key
+from rain_jax.types import Batch, Iteration, Key, Variables
 
 
 class Side(NamedTuple):
@@ -23,13 +23,24 @@ class Side(NamedTuple):
 
     def __call__(self, what: Subject, key: Key) -> np.ndarray:
         """Who stands, bool [N]."""
-        stands = np.ones(len(what.labels), bool)
-        for number, drive in enumerate(self.drives):
-            own = jax.random.fold_in(key, number)
-            found = drive(what.variables, own, what.batches(stands))
-            for some in self.judge(what.variables, own, found):
-                stands[some.judgement.index] = evaluation.standing(some.judgement)
-        return stands
+        return cascade(self.drives, self.judge, what.variables, key, what.batches, len(what.labels))
+
+
+def cascade(
+    drives: Sequence[Callable[..., Iterator[evaluation.Found]]],
+    judge: Callable[..., Iterator[evaluation.Verdicts]],
+    variables: Variables,
+    key: Key,
+    batches: Callable[[np.ndarray], Iterable[Batch]],
+    count: int,
+) -> np.ndarray:
+    """Who of `count` images stands after attacks, each on the `batches` of those that stood."""
+    stands = np.ones(count, bool)
+    for number, drive in enumerate(drives):
+        own = jax.random.fold_in(key, number)
+        for some in judge(variables, own, drive(variables, own, batches(stands))):
+            stands[some.judgement.index] = evaluation.standing(some.judgement)
+    return stands
 
 
 def ours(what: Subject, members: dict[str, Iteration]) -> Side:
