@@ -8,8 +8,10 @@ channels there are to pay for the sums. All of it is slices, sums and matrix pro
 runs in a loop as it does anywhere, and whose gradients are such again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,9 +24,12 @@ _OF_IMAGES: _Numbers = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1
 _OF_TAPS: _Numbers = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OF_PRODUCTS: _Numbers = ((1, 1, 1, 0), (0, 1, -1, -1))
 
-Padding = Sequence[tuple[int, int]]
+Padding = tuple[tuple[int, int], ...]
 
 
+# Both are programs of their own for each shape, so that a network's many equal convolutions are
+# traced and lowered once. The compiler has them inlined again.
+@functools.partial(jax.jit, static_argnames=("padding", "turned"))
 def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = False) -> Array:
     """Images [B, H, W, C] under a kernel [3, 3, C, K], with stride 1: [B, H', W', K].
 
@@ -45,6 +50,7 @@ def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = F
     return maps.reshape(batch, 2 * rows, 2 * columns, features)[:, :height, :width]
 
 
+@functools.partial(jax.jit, static_argnames="padding")
 def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
     """What `convolve` sends back to its kernel: [3, 3, C, K] of a cotangent [B, H', W', K]."""
     evened = [(0, 0, 0), *((0, size % 2, 0) for size in cotangent.shape[1:3]), (0, 0, 0)]
