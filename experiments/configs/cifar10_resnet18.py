@@ -11,9 +11,9 @@ from a uniform start, batch statistics in the attack, the best checkpoint by hel
 accuracy. They report 53 % under PGD-10 for the best checkpoint of this network. Ours adds Nesterov
 momentum and weight averaging. Not run by us so far.
 
-"minutes" is ours: seven steps of the same attack, by statistics of the batch, 35 epochs of one cycle
-at batch 256, in bfloat16. On one H200 beside other work, seed 0: 397 s; of 10,000 test images 81.2 %
-right, 49.1 under PGD-20 (docs/gpu.md).
+"minutes" is ours: seven steps of the same attack, by statistics of the batch, 35 epochs of one
+cycle at batch 256, in bfloat16. On one H200 beside other work, seed 0: 397 s; of 10,000 test images
+81.2 % right, 49.1 under PGD-20 (docs/gpu.md).
 """
 
 import ml_collections
