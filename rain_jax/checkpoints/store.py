@@ -15,8 +15,6 @@ import gc
 import logging as std_logging
 import math
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +30,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from rain_jax.checkpoints import leaves
+from rain_jax.checkpoints.faults import Broken, errno_of, hushed, without_orbax
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.types import PyTree
 
@@ -62,7 +61,7 @@ class Checkpoints:
         self, folder: str | os.PathLike[str], *, keep: int = 2, keep_best: bool = True
     ) -> None:
         within("keep", keep, 1)
-        std_logging.getLogger("absl").addFilter(_without_orbax)  # adding it twice is adding it once
+        std_logging.getLogger("absl").addFilter(without_orbax)  # adding it twice is adding it once
         self.folder = epath.Path(folder).resolve()
         self.skipped: list[str] = []
         self._keep, self._keep_best = keep, keep_best
@@ -151,7 +150,7 @@ class Checkpoints:
         for step in sorted(self._steps(), reverse=True):
             try:
                 model, train = self._read(step, {"model": model_like, "train": train_like})
-            except _Broken as error:
+            except Broken as error:
                 logging.warning("%s", error)
                 self.skipped.append(str(error))
                 broken.append(step)
@@ -192,7 +191,7 @@ class Checkpoints:
             raise UsageError(f"{self.folder}: no checkpoint of step {step}; {there}")
         try:
             (model,) = self._read(step, {"model": model_like})
-        except _Broken as error:
+        except Broken as error:
             raise UsageError(f"{error}; {there}") from error
         return step, model
 
@@ -222,7 +221,7 @@ class Checkpoints:
     def _score(self, step: int) -> float | None:
         try:
             return self._about(step).get("score")
-        except _Broken:
+        except Broken:
             return None
 
     @staticmethod
@@ -269,7 +268,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, likes: dict[str, PyTree]) -> list[PyTree]:
-        """The items named, in their order; raises `_Broken`, the same on all processes."""
+        """The items named, in their order; raises `Broken`, the same on all processes."""
         found, problem = [], None
         try:
             about = self._about(step)
@@ -279,10 +278,10 @@ class Checkpoints:
                 target = {name: leaves.target(leaf) for name, leaf in leaves.named(like).items()}
                 path = self.folder / str(step) / item
                 found.append(self._attempt(step, lambda: _read_item(path, about[item], target)))
-        except _Broken as error:
+        except Broken as error:
             problem = error
         if not _everywhere(problem is None):
-            raise problem or _Broken(f"{self.folder}: another process cannot read step {step}")
+            raise problem or Broken(f"{self.folder}: another process cannot read step {step}")
         return [leaves.shaped(like, item) for like, item in zip(likes.values(), found, strict=True)]
 
     def _fit(self, step: int, item: str, saved: dict[str, Any], like: PyTree) -> None:
@@ -314,7 +313,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (number := _errno(error)) is None:
+            if (number := errno_of(error)) is None:
                 raise
             why = os.strerror(number)
             raise UsageError(f"{self.folder}: cannot {verb} checkpoints here: {why}") from error
@@ -334,14 +333,14 @@ class Checkpoints:
             raise
 
     def _attempt(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """`read()`, where whatever a broken file makes Orbax raise becomes `_Broken`."""
-        with _hushed():
+        """`read()`, where whatever a broken file makes Orbax raise becomes `Broken`."""
+        with hushed():
             try:
                 return read()
             except (UsageError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # of the caller, this host or its devices: the files are not to blame
             except Exception as error:
-                if _errno(error) in (errno.EACCES, errno.EPERM):
+                if errno_of(error) in (errno.EACCES, errno.EPERM):
                     raise UsageError(
                         f"{self.folder}: no right to read checkpoint {step}"
                     ) from error
@@ -349,28 +348,7 @@ class Checkpoints:
             # The error is gone by now, and what it alone kept alive must go while it is quiet.
             gc.collect()
             time.sleep(0.1)
-        raise _Broken(f"{self.folder}: checkpoint {step} is broken ({why})")
-
-
-class _Broken(Exception):
-    """A checkpoint that cannot be read or is not what was written."""
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keeps the reads beside the one that failed from complaining each by itself, later."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    logger = std_logging.getLogger("asyncio")
-    logger.addFilter(_nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_nothing)
-        sys.unraisablehook = hook
-
-
-def _nothing(record: std_logging.LogRecord) -> bool:
-    return False
+        raise Broken(f"{self.folder}: checkpoint {step} is broken ({why})")
 
 
 class _Only:
@@ -382,19 +360,6 @@ class _Only:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == chosen for checkpoint in checkpoints]
-
-
-def _without_orbax(record: std_logging.LogRecord) -> bool:
-    """Orbax tells of every thread; what goes wrong in one it also raises, and we say it once."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _errno(error: Exception) -> int | None:
-    """The file system's reason, whether Python or TensorStore (a ValueError) ran into it."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
 
 
 def _everywhere(fine: bool) -> bool:
