@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from experiments import configuring
+from experiments import configuring, memory
 from rain_jax.checks import UsageError, nearest
 from rain_jax.training import Diverged
 
@@ -229,6 +229,10 @@ def run(
     except OSError as error:
         # A full disk or a lost mount is no bug of ours: say which file, not where in the code.
         _leave(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 2, loud)
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.exhausted(error):
+            raise
+        _leave(f"error: {memory.told(error)}", 2, loud)
     except KeyboardInterrupt:
         _leave("interrupted", 130, loud)
 

@@ -1,16 +1,17 @@
 """Attacks and judges the test images of an experiment, column by column, block by block."""
 
+import functools
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import build, defended, ladder, loading, looks, workdir
+from experiments import build, defended, ladder, loading, looks, memory, workdir
 from experiments.defended import logits_fn_of
 from experiments.journal import Block, Journal, digest, digest_of, sample_of
 from experiments.logs import Progress
@@ -167,6 +168,7 @@ class _Measuring:
             experiment.parallel.mapping, choose_devices(experiment.parallel.devices)
         )
         self.batch_size = round_up(settings.batch_size, self.devices.size)
+        self.at_once = self.batch_size  # or fewer, where they do not fit
         self.block = _BATCHES * self.batch_size if settings.block is None else settings.block
         self.source = data.first(experiment.splits.test, settings.images)
         self.draws = settings.draws or 1
@@ -219,7 +221,7 @@ class _Measuring:
         """Images as they are, or as the attacks before left the worst of each."""
 
         def found(places: np.ndarray) -> Iterator[evaluation.Found]:
-            batches = data.evaluation_batches(self.source, self.batch_size, places)
+            batches = data.evaluation_batches(self.source, self.at_once, places)
             return (
                 self.hashed(evaluation.as_they_are(batches))
                 if title == "clean"
@@ -245,18 +247,20 @@ class _Measuring:
         # Of a random model the worst mean is wanted, not the first one that is bad enough; and of
         # another form of the model the judge may think otherwise.
         early = early and self.draws == 1 and look.through is None
-        drive = evaluation.packed(
-            look.attack, logits_fn_of(network), self.devices, batch_size=self.batch_size,
-            early=early,
-        )  # fmt: skip
+
+        @functools.cache
+        def drive(size: int) -> Any:
+            return evaluation.packed(
+                look.attack, logits_fn_of(network), self.devices, batch_size=size, early=early
+            )
+
         if look.threat is not None:
             rules = rules._replace(threat=look.threat)
         key = key_of(self.experiment.seed, title)
 
         def found(places: np.ndarray) -> Iterator[evaluation.Found]:
-            return drive(
-                weights, key, data.evaluation_batches(self.source, self.batch_size, places)
-            )
+            batches = data.evaluation_batches(self.source, self.at_once, places)
+            return drive(self.at_once)(weights, key, batches)
 
         settings = self.experiment.evaluation
         # A rung that is left out, or another sweep, makes no other of what is climbed already.
@@ -298,7 +302,11 @@ class _Measuring:
 
         `offered` says whether they are candidates for the worst of each image.
         """
-        judge = evaluation.judging(self.model, rules, self.devices, batch_size=self.batch_size)
+
+        @functools.cache
+        def judge(size: int) -> Any:
+            return evaluation.judging(self.model, rules, self.devices, batch_size=size)
+
         key = key_of(self.experiment.seed, title)
         threat = rules.threat
         pages = self.journal.column(title, {
@@ -320,10 +328,9 @@ class _Measuring:
                     block = pages.read(len(blocks))
                 else:
                     began = time.monotonic()
-                    verdicts = []
-                    for some in judge(self.variables, key, found(places)):
-                        verdicts.append(some)
-                        bar.advance(len(some.steps))
+                    verdicts = self.fitting(lambda p=places: judge(self.at_once)(
+                        self.variables, key, found(p)
+                    ), bar)  # fmt: skip
                     block = self.joined(verdicts, began, offered=offered, shown=shown)
                     pages.write(len(blocks), block)
                 if title == "clean":
@@ -343,6 +350,21 @@ class _Measuring:
             np.concatenate([block.queries for block in blocks]),
             sum(block.seconds for block in blocks),
         )
+
+    def fitting(
+        self, verdicts: Callable[[], Iterable[evaluation.Verdicts]], bar: Progress
+    ) -> list[evaluation.Verdicts]:
+        """The verdicts on a block, of which none depends on how many images are taken at once."""
+        while True:
+            done: list[evaluation.Verdicts] = []
+            try:
+                for some in verdicts():
+                    done.append(some)
+                    bar.advance(len(some.steps))
+                return done
+            except Exception as error:
+                self.at_once = memory.halved(self.at_once, self.devices.size, error)
+                bar.advance(-sum(len(some.steps) for some in done))
 
     def joined(
         self, verdicts: list[evaluation.Verdicts], began: float, *, offered: bool, shown: bool

@@ -11,7 +11,7 @@ collective, matrix FLOPs, bytes of memory traffic and the memory plan; from thes
 sheets (`--config.machine`) seconds on paper. NOTHING HERE IS MEASURED. `compiler=tpu` asks TPUs'
 own compiler, which needs libtpu and no TPU, and plans for them alone; without it programs are the
 CPU's, in which sums, FLOPs and shapes are those of an accelerator, and fusions, memory traffic and
-temporaries are not. `batches` adds the memory of one device at these batch sizes, with and without
+temporaries are not. `batches` adds the memory of one device at these batch sizes, by each way of
 rematerialisation. Writes scaling.json.
 """
 
@@ -31,6 +31,7 @@ from experiments.scaling_counts.programs import Counts
 from experiments.scaling_counts.roofline import MACHINES, Machine, Paper
 from experiments.schema import call, filled
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.models.residual import REMATS
 
 
 class Asked(NamedTuple):
@@ -222,12 +223,12 @@ def step_table(rows: list[dict[str, Any]]) -> tuple[list[list[str]], list[str]]:
 def memories(
     experiment: build.Experiment, devices: Sequence[Any], batches: Sequence[int], one: Counts
 ) -> list[dict[str, Any]]:
-    """The memory of a step on one device at each batch size, and with `remat` where it is known.
+    """The memory of a step on one device at each batch size, by each `remat` where it is known.
 
     `one` is that of the config itself, which is compiled already.
     """
     network, found = experiment.config["network"], []
-    for remat in (False, True) if "remat" in network else (None,):
+    for remat in REMATS if "remat" in network else (None,):
         spec = experiment.config
         if remat is not None:
             spec = {**spec, "network": {**network, "remat": remat}}

@@ -61,9 +61,7 @@ class Measurer:
         axes = self.plan.asked.sweep.axes
         for number in numbers:
             one = self.plan.resolved[number]
-            for batch in data.evaluation_batches(
-                self.plan.source(one), self.plan.batch_size, places
-            ):
+            for batch in data.evaluation_batches(self.plan.source(one), self.plan.at_once, places):
                 rows = len(batch.index)
                 values: dict[str, Any] = {
                     key: np.full(rows, one.cell[key], grid.traced_type(axes[key]).__name__ + "32")
@@ -81,6 +79,19 @@ class Measurer:
         self, numbers: Sequence[int], places: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[int, list[evaluation.Verdicts]]]:
         """Every cell's verdicts on the images at `places`, when they are complete."""
+        left = list(numbers)
+        while left:
+            try:
+                for number, parts in self._together(tuple(left), places, starts):
+                    left.remove(number)
+                    yield number, parts
+            except jax.errors.JaxRuntimeError as error:
+                self.plan.smaller(error)
+
+    def _together(
+        self, numbers: Sequence[int], places: np.ndarray, starts: np.ndarray | None
+    ) -> Iterator[tuple[int, list[evaluation.Verdicts]]]:
+        """The same, as far as the device's memory allows."""
         one = self.plan.resolved[numbers[0]]
         variables = self.plan.variables(one)
         key = key_of(one.seed, self.plan.title)
@@ -132,12 +143,20 @@ class Measurer:
         own = {k: v for k, v in one.cell.items() if k.startswith(("network.", "defence."))}
         known = one.run, one.seed, one.model, repr(own), repr(one.corruption)
         if known not in self._clean:
-            everyone = np.arange(self.plan.source(one).size)
-            found = evaluation.as_they_are(self._lanes([number], everyone))
-            variables = self.plan.variables(one)
-            judged = self.plan.judge(one)(variables, key_of(one.seed, "clean"), found)
-            self._clean[known] = evaluation.join([some.judgement for some in judged])
+            self._clean[known] = self._judged(number)
         return self._clean[known]
+
+    def _judged(self, number: int) -> Judgement:
+        one = self.plan.resolved[number]
+        everyone = np.arange(self.plan.source(one).size)
+        variables = self.plan.variables(one)
+        while True:
+            found = evaluation.as_they_are(self._lanes([number], everyone))
+            try:
+                judged = self.plan.judge(one)(variables, key_of(one.seed, "clean"), found)
+                return evaluation.join([some.judgement for some in judged])
+            except jax.errors.JaxRuntimeError as error:
+                self.plan.smaller(error)
 
     def _counted(self, number: int, parts: Sequence[evaluation.Verdicts]) -> Measured:
         one, clean = self.plan.resolved[number], self.clean(number)

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, corrupted, defended, loading, sanity, settings, start, workdir
+from experiments import (
+    build,
+    corrupted,
+    defended,
+    loading,
+    memory,
+    sanity,
+    settings,
+    start,
+    workdir,
+)
 from experiments.journal import code, digest, digest_of, sample_of
 from experiments.schema import call
 from experiments.steps import keys_of
@@ -88,6 +98,7 @@ class Plan:
             raise UsageError("config.sweep.axes.run: expected runs on the same test images")
         self.devices = place(first.parallel.mapping, choose_devices(first.parallel.devices))
         self.batch_size = round_up(first.evaluation.batch_size, self.devices.size)
+        self.at_once = self.batch_size  # or fewer, where they do not fit
         made = [grid.parts(spec, {}, self.title, self.classes) for spec in specs]
         self.along = grid.radius_axis(asked.sweep.axes, self.title)
         self.data = self._data(specs)
@@ -194,7 +205,7 @@ class Plan:
             # that is bad enough; and of another form of the model the judge may think otherwise.
             early = self.draws(one) == 1 and through is None
             self._programs[one.programs] = evaluation.packed_lanes(
-                attack_of, climbed_of, self.devices, batch_size=self.batch_size, early=early
+                attack_of, climbed_of, self.devices, batch_size=self.at_once, early=early
             )
         return self._programs[one.programs]
 
@@ -216,9 +227,14 @@ class Plan:
                 return rule._replace(threat=rule.threat._replace(radius=radius))
 
             self._judges[one.model] = evaluation.judging_lanes(
-                model_of, rules_of, self.devices, batch_size=self.batch_size
+                model_of, rules_of, self.devices, batch_size=self.at_once
             )
         return self._judges[one.model]
+
+    def smaller(self, error: BaseException) -> None:
+        """Programs of half as many images from now on, if `error` is that they did not fit."""
+        self.at_once = memory.halved(self.at_once, self.devices.size, error)
+        self._programs, self._judges = {}, {}
 
     def variables(self, one: Resolved) -> PyTree:
         """A cell's weights, on all devices."""

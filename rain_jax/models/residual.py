@@ -2,13 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from rain_jax.models import layers
 from rain_jax.models.conditional import modulated
 from rain_jax.types import Array, AxisName
+
+Remat = Literal["none", "convolutions", "blocks"]
+
+_CONVOLUTION = "convolution"
+
+REMATS: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "convolutions": jax.checkpoint_policies.save_only_these_names(_CONVOLUTION),
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a block keeps for its backward pass, beside what enters it; None: all that it needs."""
 
 
 class Block(nn.Module):
@@ -21,12 +34,14 @@ class Block(nn.Module):
     activation: Callable[[Array], Array]
     variant: str = "paper"
 
-    def conv3x3(self, stride: int, name: str) -> Any:
+    def conv3x3(self, x: Array, stride: int, name: str) -> Array:
         pad = ((0, 1), (0, 1)) if self.variant == "deepmind" and stride == 2 else ((1, 1), (1, 1))
-        return self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
+        conv = self.conv(self.width, (3, 3), strides=stride, padding=pad, name=name)
+        return checkpoint_name(conv(x), _CONVOLUTION)
 
-    def conv1x1(self, width: int, stride: int, name: str) -> Any:
-        return self.conv(width, (1, 1), strides=stride, padding="VALID", name=name)
+    def conv1x1(self, x: Array, width: int, stride: int, name: str) -> Array:
+        conv = self.conv(width, (1, 1), strides=stride, padding="VALID", name=name)
+        return checkpoint_name(conv(x), _CONVOLUTION)
 
 
 class BasicBlock(Block):
@@ -36,10 +51,10 @@ class BasicBlock(Block):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = self.norm(name="norm1")(self.conv3x3(self.stride, "conv1")(x))
-        y = self.norm(name="norm2")(self.conv3x3(1, "conv2")(self.activation(y)))
+        y = self.norm(name="norm1")(self.conv3x3(x, self.stride, "conv1"))
+        y = self.norm(name="norm2")(self.conv3x3(self.activation(y), 1, "conv2"))
         if y.shape != x.shape:
-            x = self.conv1x1(self.width, self.stride, "shortcut")(x)
+            x = self.conv1x1(x, self.width, self.stride, "shortcut")
             x = self.norm(name="shortcut_norm")(x)
         return self.activation(x + y)
 
@@ -52,11 +67,11 @@ class Bottleneck(Block):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         wide = self.expansion * self.width
-        y = self.norm(name="norm1")(self.conv1x1(self.width, 1, "conv1")(x))
-        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv2")(self.activation(y)))
-        y = self.norm(name="norm3")(self.conv1x1(wide, 1, "conv3")(self.activation(y)))
+        y = self.norm(name="norm1")(self.conv1x1(x, self.width, 1, "conv1"))
+        y = self.norm(name="norm2")(self.conv3x3(self.activation(y), self.stride, "conv2"))
+        y = self.norm(name="norm3")(self.conv1x1(self.activation(y), wide, 1, "conv3"))
         if y.shape != x.shape:
-            x = self.conv1x1(wide, self.stride, "shortcut")(x)
+            x = self.conv1x1(x, wide, self.stride, "shortcut")
             x = self.norm(name="shortcut_norm")(x)
         return self.activation(x + y)
 
@@ -72,11 +87,10 @@ class PreActBlock(Block):
     def __call__(self, x: Array) -> Array:
         ready = self.activation(self.norm(name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.conv1x1(self.width, self.stride, "shortcut")(
-                x if self.variant == "fast" else ready
-            )
-        y = self.norm(name="norm2")(self.conv3x3(self.stride, "conv1")(ready))
-        return x + self.conv3x3(1, "conv2")(self.activation(y))
+            seen = x if self.variant == "fast" else ready
+            x = self.conv1x1(seen, self.width, self.stride, "shortcut")
+        y = self.norm(name="norm2")(self.conv3x3(ready, self.stride, "conv1"))
+        return x + self.conv3x3(self.activation(y), 1, "conv2")
 
 
 class ResNet(nn.Module):
@@ -96,7 +110,7 @@ class ResNet(nn.Module):
     stem: str = "cifar"
     preact: bool = False
     variant: str = "paper"
-    remat: bool = False
+    remat: str = "none"
     modulation: str = "none"
     axis_name: AxisName = None
 
@@ -108,7 +122,8 @@ class ResNet(nn.Module):
             layers.batch_norm(train, self.axis_name, self.dtype),
             partial(layers.Conv, dtype=self.dtype),
         )
-        block = nn.remat(self.block) if self.remat else self.block
+        again = REMATS[self.remat]
+        block = self.block if again is None else nn.remat(self.block, policy=again)
 
         size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
         pad = 2 * ((size // 2, size // 2),)

@@ -1,10 +1,12 @@
 """Residual networks: ResNet, and its pre-activation form, of which Wide ResNets are one shape.
 
 Convolutions have no bias and explicit padding (a pixel all round for 3x3, also at stride 2), as in
-the original code, so that parameter counts are the standard ones. `remat=True` keeps only what
-enters each block for the backward pass and computes the rest again: less memory for one more
-forward pass. `modulation` is by a condition, see `models.conditional`: "film" after each batch
-normalisation, "float" in the kernel of each convolution.
+the original code, so that parameter counts are the standard ones. `remat` is what the backward pass
+computes again instead of keeping it: "convolutions" keeps what they put out and computes
+normalisation and activation again, for next to nothing; "blocks" keeps only what enters each
+block, for one more forward pass; "none" keeps all. `modulation` is by a condition, see
+`models.conditional`: "film" after each batch normalisation, "float" in the kernel of each
+convolution.
 
 `variant` is for published weights of the pre-activation form: the same arrays mean other functions.
 "paper" normalises and activates before the average. "kuangliu" does not, as in
@@ -21,7 +23,15 @@ from rain_jax.models import layers
 from rain_jax.models.conditional import MODULATIONS, Modulation
 from rain_jax.models.layers import Activation, Dtype, PerChannel
 from rain_jax.models.network import network
-from rain_jax.models.residual import BasicBlock, Block, Bottleneck, PreActBlock, ResNet
+from rain_jax.models.residual import (
+    REMATS,
+    BasicBlock,
+    Block,
+    Bottleneck,
+    PreActBlock,
+    Remat,
+    ResNet,
+)
 from rain_jax.types import Network
 
 Stem = Literal["cifar", "imagenet"]
@@ -37,7 +47,7 @@ def resnet18(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     stem: Stem = "cifar",
     modulation: Modulation = "none",
 ) -> Network:
@@ -67,7 +77,7 @@ def resnet50(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     stem: Stem = "cifar",
     modulation: Modulation = "none",
 ) -> Network:
@@ -97,7 +107,7 @@ def preact_resnet(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     depths: tuple[int, ...] = (1, 1, 1),
     width: int = 16,
     modulation: Modulation = "none",
@@ -133,7 +143,7 @@ def preact_resnet18(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     modulation: Modulation = "none",
     variant: Variant = "paper",
 ) -> Network:
@@ -164,7 +174,7 @@ def wide_resnet(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     depth: int = 28,
     width: int = 10,
     modulation: Modulation = "none",
@@ -205,7 +215,7 @@ def wrn_28_10(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     modulation: Modulation = "none",
 ) -> Network:
     """WRN-28-10, see `wide_resnet`: 36,479,194 parameters for 10 classes."""
@@ -229,7 +239,7 @@ def wrn_34_10(
     std: PerChannel = 1.0,
     activation: Activation = "relu",
     dtype: Dtype = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     modulation: Modulation = "none",
 ) -> Network:
     """WRN-34-10, see `wide_resnet`: 46,160,474 parameters for 10 classes."""
@@ -253,7 +263,7 @@ def _resnet(
     stem: str,
     activation: str,
     dtype: str,
-    remat: bool,
+    remat: str,
     modulation: str,
     *,
     mean: PerChannel,
@@ -268,7 +278,7 @@ def _resnet(
         layers.activation_function(activation),
         layers.compute_dtype(dtype),
         stem=one_of("stem", stem, ("cifar", "imagenet")),
-        remat=remat,
+        remat=one_of("remat", remat, REMATS),
         modulation=one_of("modulation", modulation, MODULATIONS),
     )
     return network(module, classes=classes, mean=mean, std=std)
@@ -281,7 +291,7 @@ def _preact_resnet(
     depths: tuple[int, ...],
     activation: str,
     dtype: str,
-    remat: bool,
+    remat: str,
     modulation: str,
     variant: str,
     *,
@@ -298,7 +308,7 @@ def _preact_resnet(
         layers.compute_dtype(dtype),
         preact=True,
         variant=one_of("variant", variant, _VARIANTS),
-        remat=remat,
+        remat=one_of("remat", remat, REMATS),
         modulation=one_of("modulation", modulation, MODULATIONS),
     )
     return network(module, classes=classes, mean=mean, std=std)
