@@ -175,7 +175,10 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
 
 
 def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
-    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices, training=True))
+    where = built.parallel
+    devices = place(
+        where.mapping, choose_devices(where.devices, training=True), overlap=where.overlap
+    )
     networks, sets = retrained(built, own, folder, devices)
     record, success = told(built, own, networks, sets, devices)
     before = folder / "start"

@@ -183,6 +183,7 @@ def told_of_sums(rows: list[dict[str, Any]], held: dict[str, int]) -> str:
     last = several[-1]
     sums = [
         f"  {kind}: {one['bytes']:,} bytes in {one['times']} operations"
+        + (f", {one['hidden']:,} of them while something is computed" if one["hidden"] else "")
         for kind, one in sorted(last["sent"].items(), key=lambda item: -item[1]["bytes"])
     ]
     same = all(row["sent"] == last["sent"] for row in several)

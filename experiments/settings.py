@@ -257,9 +257,12 @@ class Parallel:
     """How many devices (all by default) and by which mapping a step runs on them.
 
     `sums` is what gradients are sent as from one to the other: bfloat16 is half the bytes, and
-    rounds each device's share of a gradient to 8 bits of precision.
+    rounds each device's share of a gradient to 8 bits of precision. `overlap` asks XLA on several
+    GPUs or TPUs to send gradients in parts, while the backward pass goes on (docs/scaling.md); what
+    it gains has not been measured.
     """
 
     mapping: Mapping = "shard_map"
     devices: int | None = None
     sums: Sums = "float32"
+    overlap: bool = False

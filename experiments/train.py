@@ -85,8 +85,9 @@ def train_members(
     """
     # --- refusals, before anything is compiled
     first_of = members[0].experiment
+    where = first_of.parallel
     devices = place(
-        first_of.parallel.mapping, choose_devices(first_of.parallel.devices, training=True)
+        where.mapping, choose_devices(where.devices, training=True), overlap=where.overlap
     )
     plan = plan_of(first_of)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)

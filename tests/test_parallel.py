@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rain_jax import parallel
 from rain_jax.checks import UsageError
 from rain_jax.parallel import (
     check_batch_size,
@@ -105,7 +106,32 @@ def test_sums_in_bfloat16_are_as_near_as_its_bits(mapping):
         psum_as("float16", shares, None)
 
 
+def test_options_that_overlap_are_known_to_xla_and_given_to_several_devices(key, monkeypatch):
+    options = parallel._OVERLAPPING["gpu"]
+    program = jax.jit(lambda x: x + 1).lower(1.0)
+    program.compile(compiler_options=options)  # a name that XLA does not know is refused
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        program.compile(compiler_options={"xla_gpu_all_reduce_combine": 1})
+
+    batch = {"x": np.ones((16, 3), np.float32), "y": np.linspace(0, 1, 16, dtype=np.float32)}
+
+    def stepped(count, options, **how):
+        monkeypatch.setitem(parallel._OVERLAPPING, "cpu", options)
+        devices = place("shard_map", choose_devices(count), **how)
+        step = devices.map(descend, inputs=(False, True), outputs=(False, False, True))
+        return step(devices.replicate(jnp.ones(3)), devices.split(batch))[0]
+
+    np.testing.assert_array_equal(stepped(4, options, overlap=True), stepped(4, {}))
+    unknown = {"xla_of_nobody": True}
+    for count, overlap in ((4, False), (1, True)):
+        stepped(count, unknown, overlap=overlap)  # nothing is asked of XLA
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_nobody"):
+        stepped(4, unknown, overlap=True)
+
+
 def test_refusals():
+    with pytest.raises(UsageError, match="overlap=True: expected mapping='shard_map'"):
+        place("pmap", overlap=True)
     with pytest.raises(UsageError, match=r"batch_size=20: expected a positive multiple of the 8"):
         check_batch_size("batch_size", 20, 8)
     with pytest.raises(UsageError, match="devices=9: expected 1 to 8"):

@@ -75,6 +75,69 @@ def test_collectives_of_a_program_by_hand():
     assert [part.op_name for part in combined.parts] == ["a/b", ""]
 
 
+HIDDEN = """HloModule made_up, is_scheduled=true
+
+%begins (p: f32[4]) -> (f32[4], f32[4]) {
+  %p = f32[4]{0} parameter(0)
+  %first = f32[4]{0} all-reduce(%p), replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+  ROOT %state = (f32[4]{0}, f32[4]{0}) custom-call(%p, %first)
+}
+
+%goes_on (p.1: f32[4], q: f32[2]) -> f32[2] {
+  %p.1 = f32[4]{0} parameter(0)
+  %q = f32[2]{0} parameter(1)
+  %again = f32[4]{0} all-reduce(%p.1), replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+  ROOT %twice = f32[2]{0} add(%q, %q)
+}
+
+ENTRY %main (x: f32[4], y: f32[2]) -> (f32[4], f32[2]) {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[2]{0} parameter(1)
+  %begun = (f32[4]{0}, f32[4]{0}) fusion(%x), kind=kCustom, calls=%begins
+  %sum = f32[4]{0} get-tuple-element(%begun), index=1
+  %work = f32[2]{0} fusion(%sum, %y), kind=kLoop, calls=%goes_on
+  %early = f32[2]{0} all-reduce-start(%y), replica_groups={{0,1}}
+  %other = f32[2]{0} multiply(%work, %work)
+  %late = f32[2]{0} all-reduce-done(%early)
+  %idle = f32[2]{0} all-reduce-start(%other), replica_groups={{0,1}}
+  %name = f32[2]{0} bitcast(%late)
+  %end = f32[2]{0} all-reduce-done(%idle)
+  %after = f32[2]{0} multiply(%end, %name)
+  ROOT %out = (f32[4]{0}, f32[2]{0}) tuple(%sum, %after)
+}
+"""
+
+
+def test_a_sum_is_hidden_where_something_is_computed_before_its_end():
+    """Begun and ended around other work, by a chain of fusions (TPU) or a pair (GPU)."""
+    chained, around, idle = hlo.collectives(hlo.read(HIDDEN))
+    assert (chained.bytes, chained.times, chained.hidden) == (16, 1, True)
+    assert (around.bytes, around.hidden) == (8, True)
+    assert (idle.bytes, idle.hidden) == (8, False)
+    (sent,) = roofline.sent([chained, around, idle]).values()
+    assert sent == roofline.Sent(32, 3, 24)
+
+
+def test_a_tpu_sends_gradients_in_parts_where_it_is_asked_to(tmp_path):
+    pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
+    changes = [
+        "--config.compiler=tpu", "--config.machine=tpu_v5p_8", "--config.devices=8",
+        "--config.network={'name': 'preact_resnet', 'depths': (1, 1), 'width': 256}",
+        "--config.training.batch_size=640", "--config.evaluations=false",
+        "--config.method.name=natural",
+    ]  # fmt: skip
+    found = {}
+    for overlap in ("false", "true"):
+        folder = tmp_path / overlap
+        folder.mkdir()
+        command(folder, *changes, f"--config.parallel.overlap={overlap}")
+        found[overlap] = json.loads((folder / "out" / "scaling.json").read_text())["steps"][-1]
+    whole, parts = (row["sent"]["gradients"] for row in found.values())
+    assert whole["bytes"] == parts["bytes"]
+    assert (whole["times"], whole["hidden"]) == (1, 0)
+    assert parts["times"] > 1
+
+
 def test_a_sum_in_a_loop_of_unknown_length_is_refused():
     unknown = WRITTEN.replace("direction=LT", "direction=NE")
     with pytest.raises(UsageError, match="all: all-reduce in a loop of unknown length"):

@@ -196,6 +196,7 @@ class Collective(NamedTuple):
     groups: str  # as XLA writes them, "{{0,1,2,3}}"
     times: int
     looped: bool
+    hidden: bool = False  # whether it is under way while something else is computed
 
     @property
     def bytes(self) -> int:
@@ -204,27 +205,63 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Program) -> list[Collective]:
-    """All of them. Raises `UsageError` for one in a loop that runs nobody knows how often."""
-    found = []
+    """All of them. Raises `UsageError` for one in a loop that runs nobody knows how often.
+
+    A TPU's compiler takes one that it hides into a chain of fusions, which begin it, go on with it
+    beside their own work, and end it; each names the whole of it, and it is counted once.
+    """
+    found, chains = [], set()
     for op, times, inside, looped in program.executed():
-        kind = op.code.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        if times is None:
-            raise UsageError(
-                f"{op.name}: {kind} in a loop of unknown length: its bytes cannot be counted"
+        sent = [(op, inside, None)] if op.code.removesuffix("-start") in COLLECTIVES else []
+        if op.code == "fusion":
+            (fused,) = op.called("calls")
+            sent = [(own, fused, chain) for own, chain in _chained(program.computations[fused])]
+        for own, place, chain in sent:
+            if (inside, chain) in chains:
+                continue
+            if chain is not None:
+                chains.add((inside, chain))
+            kind = own.code.removesuffix("-start")
+            if times is None:
+                raise UsageError(
+                    f"{own.name}: {kind} in a loop of unknown length: its bytes cannot be counted"
+                )
+            names = _names_of_parts(program.computations[place], own)
+            groups = re.search(r"replica_groups=(\{\{.*?\}\}|\{\}|\[[^ ]*)", own.attributes)
+            parts = tuple(
+                Part(shape.bytes, not shape.dims, names.get(number, own.op_name))
+                for number, shape in enumerate(_results(own, kind))
             )
-        names = _names_of_parts(program.computations[inside], op)
-        shapes = _results(op, kind)
-        groups = re.search(r"replica_groups=(\{\{.*?\}\}|\{\}|\[[^ ]*)", op.attributes)
-        parts = tuple(
-            Part(shape.bytes, not shape.dims, names.get(place, op.op_name))
-            for place, shape in enumerate(shapes)
-        )
-        found.append(
-            Collective(kind, parts, groups[1].rstrip(",") if groups else "", times, looped)
-        )
+            hidden = chain is not None or _beside(program.computations[inside], own)
+            found.append(Collective(
+                kind, parts, groups[1].rstrip(",") if groups else "", times, looped, hidden
+            ))  # fmt: skip
     return found
+
+
+def _chained(fused: dict[str, Op]) -> Iterator[tuple[Op, str]]:
+    """The collectives inside of a fusion, and the chains that they are links of."""
+    for op in fused.values():
+        if op.code.removesuffix("-start") in COLLECTIVES:
+            chain = re.search(r'chain_id="(\d+)"', op.attributes)
+            yield op, chain[1] if chain else op.name
+
+
+def _beside(computation: dict[str, Op], started: Op) -> bool:
+    """Whether something is computed between the start of a collective and its end.
+
+    In a scheduled program, whose lines are in the order in which they run.
+    """
+    if not started.code.endswith("-start"):
+        return False
+    running = False
+    for op in computation.values():
+        if running and started.name in op.operands:
+            return False
+        if running and op.code not in _FREE:
+            return True
+        running = running or op is started
+    return False
 
 
 def _results(op: Op, kind: str) -> tuple[Shape, ...]:

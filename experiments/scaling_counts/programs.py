@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Count
     """
     plan = steps.plan_of(experiment)
     check_batch_size("config.training.batch_size", plan.batch_size, len(devices))
-    there = place("shard_map", devices)
+    there = place("shard_map", devices, overlap=experiment.parallel.overlap)
     step = steps.make_step(experiment, experiment.method(plan), plan, _lowering(there))
     source, keys = experiment.splits.train, jax.eval_shape(lambda: steps.keys_of(0))
     dtype = source.read(0)[0].dtype
@@ -155,11 +155,24 @@ def _lowering(devices: Devices) -> Devices:
     return devices._replace(map=over)
 
 
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the compilation cache: what is in it can be read on a machine with a TPU alone."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
 def _compiled(lower: Callable[[], Any], devices: Sequence[Any]) -> Counts:
     # Convolutions as `lax` has them: the rule for CPUs is no part of what accelerators run.
     with by_lax():
         lowered = lower()
-    compiled = lowered.compile(compiler_options=_HASTE[devices[0].platform])
+    platform = devices[0].platform
+    with _uncached() if platform == "tpu" else contextlib.nullcontext():
+        compiled = lowered.compile(compiler_options=_HASTE[platform])
     program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
     return Counts(
         hlo.collectives(program),

@@ -71,6 +71,7 @@ class Sent(NamedTuple):
 
     bytes: int  # in one call of the program
     times: int  # how many operations that is
+    hidden: int = 0  # bytes of those that are under way while something else is computed
 
 
 def sent(collectives: list[Collective]) -> dict[str, Sent]:
@@ -88,10 +89,11 @@ def sent(collectives: list[Collective]) -> dict[str, Sent]:
             kinds[kind] = kinds.get(kind, 0) + part.bytes
         largest = max(kinds, key=lambda kind: kinds[kind])
         for kind, size in kinds.items():
-            own = found.setdefault(kind, [0, 0])
+            own = found.setdefault(kind, [0, 0, 0])
             own[0] += one.times * size
             own[1] += one.times * (kind == largest)
-    return {kind: Sent(*both) for kind, both in found.items()}
+            own[2] += one.times * size * one.hidden
+    return {kind: Sent(*all_) for kind, all_ in found.items()}
 
 
 def _kind(one: Collective, op_name: str, scalar: bool) -> str:
@@ -122,7 +124,8 @@ class Paper(NamedTuple):
     def overlapped(self) -> float:
         """With gradients sent during the backward pass, as far as there is room.
 
-        A bound: where XLA combines all gradients into one sum, it begins when the last is there.
+        A bound: where XLA combines all gradients into one sum, it begins when the last is there;
+        `parallel.overlap` asks for several.
         """
         return self.compute + self.others + max(0.0, self.gradients - self.room)
 
