@@ -5,6 +5,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,6 +308,9 @@ class _Measuring:
         def judge(size: int) -> Any:
             return evaluation.judging(self.model, rules, self.devices, batch_size=size)
 
+        def verdicts_on(places: np.ndarray) -> Iterator[evaluation.Verdicts]:
+            return judge(self.at_once)(self.variables, key, found(places))
+
         key = key_of(self.experiment.seed, title)
         threat = rules.threat
         pages = self.journal.column(title, {
@@ -328,9 +332,7 @@ class _Measuring:
                     block = pages.read(len(blocks))
                 else:
                     began = time.monotonic()
-                    verdicts = self.fitting(lambda p=places: judge(self.at_once)(
-                        self.variables, key, found(p)
-                    ), bar)  # fmt: skip
+                    verdicts = self.fitting(partial(verdicts_on, places), bar)
                     block = self.joined(verdicts, began, offered=offered, shown=shown)
                     pages.write(len(blocks), block)
                 if title == "clean":

@@ -173,8 +173,8 @@ def place(
     Both give the same numbers. `shard_map` leaves global arrays behind, so its state is saved and
     restored on any number of hosts; `pmap` is the older interface, kept for those who need it.
 
-    With `overlap` XLA is asked to send gradients in several sums, and beside the backward pass that
-    they come from: on several GPUs or TPUs, and by `shard_map` alone. Raises `UsageError` by `pmap`.
+    With `overlap` XLA is asked to send gradients in several sums, beside the backward pass that
+    they come from: on several GPUs or TPUs, and by `shard_map` alone. `UsageError` by `pmap`.
     """
     one_of("mapping", mapping, ("shard_map", "pmap"))
     if overlap and mapping == "pmap":

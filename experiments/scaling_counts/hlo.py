@@ -210,17 +210,20 @@ def collectives(program: Program) -> list[Collective]:
     A TPU's compiler takes one that it hides into a chain of fusions, which begin it, go on with it
     beside their own work, and end it; each names the whole of it, and it is counted once.
     """
-    found, chains = [], set()
+    found = []
+    begun: set[tuple[str, str]] = set()
     for op, times, inside, looped in program.executed():
-        sent = [(op, inside, None)] if op.code.removesuffix("-start") in COLLECTIVES else []
-        if op.code == "fusion":
+        sent: list[tuple[Op, str, str]] = []  # with the computation it is in, and its chain
+        if op.code.removesuffix("-start") in COLLECTIVES:
+            sent = [(op, inside, "")]
+        elif op.code == "fusion":
             (fused,) = op.called("calls")
             sent = [(own, fused, chain) for own, chain in _chained(program.computations[fused])]
         for own, place, chain in sent:
-            if (inside, chain) in chains:
+            if (inside, chain) in begun:
                 continue
-            if chain is not None:
-                chains.add((inside, chain))
+            if chain:
+                begun.add((inside, chain))
             kind = own.code.removesuffix("-start")
             if times is None:
                 raise UsageError(
@@ -232,7 +235,7 @@ def collectives(program: Program) -> list[Collective]:
                 Part(shape.bytes, not shape.dims, names.get(number, own.op_name))
                 for number, shape in enumerate(_results(own, kind))
             )
-            hidden = chain is not None or _beside(program.computations[inside], own)
+            hidden = bool(chain) or _beside(program.computations[inside], own)
             found.append(Collective(
                 kind, parts, groups[1].rstrip(",") if groups else "", times, looped, hidden
             ))  # fmt: skip

@@ -158,7 +158,7 @@ def _lowering(devices: Devices) -> Devices:
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """Without the compilation cache: what is in it can be read on a machine with a TPU alone."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
