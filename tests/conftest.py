@@ -6,13 +6,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, for
-# tests wait for the compiler and hardly for what it compiled. What XLA makes of a program is as
-# ever, and commands that tests start are compiled as users' are (`commands.start`).
+import jaxlib
+
+# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, by the
+# quickest way there is, for tests wait for the compiler and hardly for what it compiled: XLA's older
+# emitters take half as long, as far as jaxlib has them. What XLA makes of a program is as ever, and
+# commands that tests start are compiled as users' are (`commands.start`).
+_WANTED = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+    _WANTED["xla_cpu_use_fusion_emitters"] = "false"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
-for _name, _value in {
-    "xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0,
-}.items():  # fmt: skip
+for _name, _value in _WANTED.items():
     if _name not in _FLAGS:
         _FLAGS = f"{_FLAGS} --{_name}={_value}".strip()
 os.environ["XLA_FLAGS"] = _FLAGS
