@@ -71,7 +71,7 @@ def start(
     pipes: a child that nobody reads must not wait, and what a killed one has said must not be lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = "device_count", "optimization_level"
+    own = "device_count", "optimization_level", "split_count", "fusion_emitters"
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not any(o in f for o in own)]
     environment = {
         **os.environ,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jaxlib
 
-# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, by the
-# quickest way there is, for tests wait for the compiler and hardly for what it compiled: XLA's older
-# emitters take half as long, as far as jaxlib has them. What XLA makes of a program is as ever, and
-# commands that tests start are compiled as users' are (`commands.start`).
+# Before the first JAX call. Eight devices on one CPU; and machine code by the quickest way there is,
+# for tests wait for the compiler and hardly for what it compiled: as LLVM first writes it, and by
+# XLA's older emitters, as far as jaxlib has them, which take half as long. What XLA makes of a
+# program is as ever, and commands that tests start are compiled as users' are (`commands.start`).
 _WANTED = {
     "xla_force_host_platform_device_count": "8",
     "xla_backend_optimization_level": "0",
