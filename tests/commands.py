@@ -62,16 +62,22 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+# How `conftest` has tests compile; and whether commands do as well, which a module may ask for.
+QUICK = "optimization_level", "split_count", "fusion_emitters"
+IN_HASTE = False
+
+
 def start(
     module: str, *arguments: Any, devices: int = 8, folder: Path, **environment: str
 ) -> subprocess.Popen:
     """`python -m experiments.MODULE` on simulated devices; output goes to files in `folder`.
 
-    Compiled as users' are, whatever the tests' own programs are (`conftest`). Into files and not
-    pipes: a child that nobody reads must not wait, and what a killed one has said must not be lost.
+    Compiled as users' are, unless in haste, whatever the tests' own programs are. Into files and
+    not pipes: a child that nobody reads must not wait, and what a killed one has said must not be
+    lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = "device_count", "optimization_level", "split_count", "fusion_emitters"
+    own = ("device_count",) if IN_HASTE else ("device_count", *QUICK)
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not any(o in f for o in own)]
     environment = {
         **os.environ,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jaxlib
 
-# Before the first JAX call. Eight devices on one CPU; and machine code by the quickest way there is,
+# Before the first JAX call. Eight devices on one CPU; and machine code the quickest way there is,
 # for tests wait for the compiler and hardly for what it compiled: as LLVM first writes it, and by
 # XLA's older emitters, as far as jaxlib has them, which take half as long. What XLA makes of a
 # program is as ever, and commands that tests start are compiled as users' are (`commands.start`).
