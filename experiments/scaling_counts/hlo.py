@@ -243,11 +243,11 @@ def collectives(program: Program) -> list[Collective]:
 
 
 def _chained(fused: dict[str, Op]) -> Iterator[tuple[Op, str]]:
-    """The collectives inside of a fusion, and the chains that they are links of."""
+    """The collectives inside of a fusion, and the chains that they are links of, "" for none."""
     for op in fused.values():
         if op.code.removesuffix("-start") in COLLECTIVES:
             chain = re.search(r'chain_id="(\d+)"', op.attributes)
-            yield op, chain[1] if chain else op.name
+            yield op, chain[1] if chain else ""
 
 
 def _beside(computation: dict[str, Op], started: Op) -> bool:
