@@ -63,7 +63,7 @@ def write_config(folder: Path) -> Path:
 
 
 # How `conftest` has tests compile; and whether commands do as well, which a module may ask for.
-QUICK = "optimization_level", "split_count", "fusion_emitters"
+QUICK = ("optimization_level",)
 IN_HASTE = False
 
 

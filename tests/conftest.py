@@ -6,21 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jaxlib
-
-# Before the first JAX call. Eight devices on one CPU; and machine code the quickest way there is,
-# for tests wait for the compiler and hardly for what it compiled: as LLVM first writes it, and by
-# XLA's older emitters, as far as jaxlib has them, which take half as long. What XLA makes of a
-# program is as ever, and commands that tests start are compiled as users' are (`commands.start`).
-_WANTED = {
-    "xla_force_host_platform_device_count": "8",
-    "xla_backend_optimization_level": "0",
-    "xla_cpu_parallel_codegen_split_count": "1",
-}
-if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
-    _WANTED["xla_cpu_use_fusion_emitters"] = "false"
+# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, for
+# tests wait for the compiler and hardly for what it compiled. What XLA makes of a program is as
+# ever, and commands that tests start are compiled as users' are (`commands.start`).
 _FLAGS = os.environ.get("XLA_FLAGS", "")
-for _name, _value in _WANTED.items():
+for _name, _value in {
+    "xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0,
+}.items():  # fmt: skip
     if _name not in _FLAGS:
         _FLAGS = f"{_FLAGS} --{_name}={_value}".strip()
 os.environ["XLA_FLAGS"] = _FLAGS
