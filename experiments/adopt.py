@@ -21,7 +21,7 @@ from experiments.running import items_of, no_sums
 from experiments.steps import keys_of, plan_of
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
-from rain_jax.parallel import choose_devices, initialise, place
+from rain_jax.parallel import initialise
 
 
 def adopt(experiment: build.Experiment, folder: Path) -> None:
@@ -29,9 +29,7 @@ def adopt(experiment: build.Experiment, folder: Path) -> None:
     given = experiment.start.classifier
     if given is None:
         raise UsageError("config.start.classifier=None: expected a file of weights, or a run")
-    devices = place(
-        experiment.parallel.mapping, choose_devices(experiment.parallel.devices, training=True)
-    )
+    devices = experiment.parallel.placed(training=True)
     images = jnp.zeros((1, *experiment.splits.train.shape), jnp.float32)
     drawn = jax.jit(experiment.network.init)(keys_of(experiment.seed).init, images)
     variables = start.begun(experiment, drawn, devices)

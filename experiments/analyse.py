@@ -21,7 +21,7 @@ from experiments.logs import Progress
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
 from rain_jax.defences import tables
-from rain_jax.parallel import choose_devices, initialise, place, round_up
+from rain_jax.parallel import initialise, round_up
 from rain_jax.types import AxisName, Batch, Key, PyTree
 
 # Training images, at most: their blocks are many, and steps of tables are whole numbers.
@@ -31,7 +31,7 @@ LEVEL = 30.0  # of the tables in the figure
 
 def analyse(experiment: build.Experiment, variables: PyTree) -> tables.Statistics:
     """Statistics over the first training images, on all devices."""
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     threat = experiment.threat
     attack = attacks.pgd(threat, steps=10, step_size=threat.radius / 4)
     of = logits_fn_of(experiment.network)

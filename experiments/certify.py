@@ -35,7 +35,7 @@ from rain_jax import data, evaluation
 from rain_jax.checks import UsageError, nearest, within
 from rain_jax.data.source import subset
 from rain_jax.evaluation import smoothing
-from rain_jax.parallel import choose_devices, initialise, place, round_up
+from rain_jax.parallel import initialise, round_up
 from rain_jax.types import PyTree
 
 
@@ -151,7 +151,7 @@ def measure(
 
     They go into the file at `path`.
     """
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     size = round_up(asked.block, devices.size)
     copies = max(1, experiment.evaluation.batch_size // size)
     model = logits_fn_of(experiment.assembly.through(through))

@@ -44,10 +44,8 @@ from rain_jax.image.corruptions import (
 )
 from rain_jax.parallel import (
     Devices,
-    choose_devices,
     image_keys,
     initialise,
-    place,
     round_up,
     rows_of_process,
 )
@@ -277,7 +275,7 @@ def measure(
     Goes on with the file at `path`, if there is one, and leaves in it what was seen.
     """
     first = next(iter(models.values())).experiment
-    devices = place(first.parallel.mapping, choose_devices(first.parallel.devices))
+    devices = first.parallel.placed()
     for name, model in models.items():
         here, there = first.splits.test, model.experiment.splits.test
         if (here.name, here.shape, here.size) != (there.name, there.shape, there.size):
@@ -339,8 +337,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     # By their last names, where these tell them apart.
     short = len({path.name for path in paths}) == len(paths)
     names = {path: path.name if short else str(path) for path in paths}
-    where = build.experiment(workdir.read_config(folder)).parallel
-    devices = place(where.mapping, choose_devices(where.devices))
+    devices = build.experiment(workdir.read_config(folder)).parallel.placed()
     models = {names[path]: model_of(path, devices) for path in paths}
     first = models[names[folder]].experiment
     base = None

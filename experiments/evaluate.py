@@ -25,7 +25,7 @@ from experiments.loading import check_finite, load
 from experiments.logs import Progress
 from experiments.measure import SHOWN, Column, Measured, evaluation_key, measure
 from rain_jax import evaluation, norms
-from rain_jax.parallel import choose_devices, initialise, place
+from rain_jax.parallel import initialise
 from rain_jax.types import PyTree
 
 
@@ -102,7 +102,7 @@ def proven_of(
     budget = experiment.ladder
     if budget is None:
         return None
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(b"proof"))
     with Progress(f"{name}: checks", 1, unit="set") as bar:
         seen, lines = proof.looked_into(

@@ -27,10 +27,8 @@ from rain_jax.checks import UsageError
 from rain_jax.defences.network import parts_of
 from rain_jax.image import band_energy, low_pass, radial_spectrum
 from rain_jax.parallel import (
-    choose_devices,
     image_keys,
     initialise,
-    place,
     round_up,
     rows_of_process,
 )
@@ -101,7 +99,7 @@ def _way(spec: dict[str, Any], member: int | None = None) -> Way:
 
 def look(experiment: build.Experiment, variables: Variables) -> Seen:
     """Looks at the first test images, on all devices."""
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     compared: dict[str, Way] = {"clean": lambda variables, key, image: image, **ways(experiment)}
     plain = UNDEFENDED if experiment.config["defence"] is not None else None
     classifier = logits_fn_of(experiment.assembly.through(plain))

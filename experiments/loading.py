@@ -13,7 +13,7 @@ from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
 from rain_jax.models.conditional import with_condition
-from rain_jax.parallel import Devices, choose_devices, place
+from rain_jax.parallel import Devices
 from rain_jax.types import PyTree
 
 
@@ -24,7 +24,7 @@ def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
     tables of its defence, and the condition that its evaluation asks for, or else its method. What
     no variable can follow is refused, since then the shapes are others.
     """
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     like = jax.eval_shape(experiment.network.init, key, images)

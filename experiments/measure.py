@@ -4,7 +4,7 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from experiments.journal import Block, Journal, digest, digest_of, sample_of
 from experiments.logs import Progress
 from rain_jax import data, evaluation, norms
 from rain_jax.evaluation import Passes
-from rain_jax.parallel import choose_devices, place, round_up
 from rain_jax.types import Iteration, Key, Network, PyTree
 
 # Images in the figure.
@@ -165,11 +164,9 @@ class _Measuring:
     ):
         settings = experiment.evaluation
         self.experiment, self.name = experiment, name
-        self.devices = place(
-            experiment.parallel.mapping, choose_devices(experiment.parallel.devices)
-        )
-        self.batch_size = round_up(settings.batch_size, self.devices.size)
-        self.at_once = self.batch_size  # or fewer, where they do not fit
+        self.devices = experiment.parallel.placed()
+        self.room = memory.Room(settings.batch_size, self.devices.size)
+        self.batch_size = self.room.size  # as asked for
         self.block = _BATCHES * self.batch_size if settings.block is None else settings.block
         self.source = data.first(experiment.splits.test, settings.images)
         self.draws = settings.draws or 1
@@ -222,7 +219,7 @@ class _Measuring:
         """Images as they are, or as the attacks before left the worst of each."""
 
         def found(places: np.ndarray) -> Iterator[evaluation.Found]:
-            batches = data.evaluation_batches(self.source, self.at_once, places)
+            batches = data.evaluation_batches(self.source, self.room.size, places)
             return (
                 self.hashed(evaluation.as_they_are(batches))
                 if title == "clean"
@@ -260,8 +257,8 @@ class _Measuring:
         key = key_of(self.experiment.seed, title)
 
         def found(places: np.ndarray) -> Iterator[evaluation.Found]:
-            batches = data.evaluation_batches(self.source, self.at_once, places)
-            return drive(self.at_once)(weights, key, batches)
+            batches = data.evaluation_batches(self.source, self.room.size, places)
+            return drive(self.room.size)(weights, key, batches)
 
         settings = self.experiment.evaluation
         # A rung that is left out, or another sweep, makes no other of what is climbed already.
@@ -309,7 +306,7 @@ class _Measuring:
             return evaluation.judging(self.model, rules, self.devices, batch_size=size)
 
         def verdicts_on(places: np.ndarray) -> Iterator[evaluation.Verdicts]:
-            return judge(self.at_once)(self.variables, key, found(places))
+            return judge(self.room.size)(self.variables, key, found(places))
 
         key = key_of(self.experiment.seed, title)
         threat = rules.threat
@@ -332,7 +329,10 @@ class _Measuring:
                     block = pages.read(len(blocks))
                 else:
                     began = time.monotonic()
-                    verdicts = self.fitting(partial(verdicts_on, places), bar)
+                    verdicts = self.room.collect(
+                        partial(verdicts_on, places),
+                        lambda some, sign: bar.advance(sign * len(some.steps)),
+                    )
                     block = self.joined(verdicts, began, offered=offered, shown=shown)
                     pages.write(len(blocks), block)
                 if title == "clean":
@@ -352,21 +352,6 @@ class _Measuring:
             np.concatenate([block.queries for block in blocks]),
             sum(block.seconds for block in blocks),
         )
-
-    def fitting(
-        self, verdicts: Callable[[], Iterable[evaluation.Verdicts]], bar: Progress
-    ) -> list[evaluation.Verdicts]:
-        """The verdicts on a block, of which none depends on how many images are taken at once."""
-        while True:
-            done: list[evaluation.Verdicts] = []
-            try:
-                for some in verdicts():
-                    done.append(some)
-                    bar.advance(len(some.steps))
-                return done
-            except Exception as error:
-                self.at_once = memory.halved(self.at_once, self.devices.size, error)
-                bar.advance(-sum(len(some.steps) for some in done))
 
     def joined(
         self, verdicts: list[evaluation.Verdicts], began: float, *, offered: bool, shown: bool

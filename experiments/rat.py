@@ -50,7 +50,7 @@ from experiments.schema import call, filled, make
 from rain_jax import methods
 from rain_jax.checks import UsageError, one_of
 from rain_jax.methods.rat import carrying, with_perturbations, without_perturbations
-from rain_jax.parallel import Devices, choose_devices, initialise, place
+from rain_jax.parallel import Devices, initialise
 from rain_jax.types import Variables
 
 
@@ -175,10 +175,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
 
 
 def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
-    where = built.parallel
-    devices = place(
-        where.mapping, choose_devices(where.devices, training=True), overlap=where.overlap
-    )
+    devices = built.parallel.placed(training=True)
     networks, sets = retrained(built, own, folder, devices)
     record, success = told(built, own, networks, sets, devices)
     before = folder / "start"

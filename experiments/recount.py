@@ -24,7 +24,7 @@ from experiments.defended import logits_fn_of
 from experiments.logs import Progress
 from rain_jax import data, evaluation, norms
 from rain_jax.checks import UsageError
-from rain_jax.parallel import choose_devices, initialise, place, round_up
+from rain_jax.parallel import initialise, round_up
 
 # Standard errors by which two counts over other draws may differ.
 _CHANCE = 5.0
@@ -38,7 +38,7 @@ def recount(experiment: build.Experiment, folder: Path) -> tuple[np.ndarray, Any
         raise UsageError(f"{folder}: no images were saved: expected evaluation.save_images=True")
     images = _read(folder / "adversarial.npy", lambda path: np.load(path, mmap_mode="r"))
     settings = experiment.evaluation
-    devices = place(experiment.parallel.mapping, choose_devices(experiment.parallel.devices))
+    devices = experiment.parallel.placed()
     size = round_up(settings.batch_size, devices.size)
     source = data.first(experiment.splits.test, record["images"])
     norm, radius = record["threat"]["norm"], record["threat"]["radius"]

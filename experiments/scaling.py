@@ -12,7 +12,8 @@ sheets (`--config.machine`) seconds on paper. NOTHING HERE IS MEASURED. `compile
 own compiler, which needs libtpu and no TPU, and plans for them alone; without it programs are the
 CPU's, in which sums, FLOPs and shapes are those of an accelerator, and fusions, memory traffic and
 temporaries are not. `batches` adds the memory of one device at these batch sizes, by each way of
-rematerialisation. Writes scaling.json.
+rematerialisation, and what JAX hands from the forward to the backward pass before any compiler
+has seen it. Writes scaling.json.
 """
 
 import math
@@ -240,17 +241,21 @@ def memories(
                 counts = programs.training_step(programs.resized(other, size), devices)
                 print(f"  batch {size}, remat {remat}: compiled", flush=True)
             held = {**counts.memory._asdict(), "total": counts.memory.total}
+            held["kept"] = programs.kept(programs.resized(other, size))
             found.append({"remat": remat, "batch_size": size, "flops": counts.work.flops, **held})
     return found
 
 
 def memory_table(rows: list[dict[str, Any]], machine: Machine) -> str:
     """The memory of each, and, by a straight line through them, what a device would hold."""
-    headers = ["remat", "batch", "GiB arguments", "GiB temporaries", "GiB held", "TFLOP", "fits"]
+    headers = [
+        "remat", "batch", "GiB kept by JAX", "GiB arguments", "GiB temporaries", "GiB held",
+        "TFLOP", "fits",
+    ]  # fmt: skip
     lines = [
         [
             str(row["remat"]), str(row["batch_size"]),
-            *(f"{row[part] / 2**30:.3f}" for part in ("arguments", "temporaries", "total")),
+            *(f"{row[part] / 2**30:.3f}" for part in ("kept", "arguments", "temporaries", "total")),
             f"{row['flops'] / 1e12:.3f}", "yes" if row["total"] < machine.memory else "no",
         ]
         for row in rows

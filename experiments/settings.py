@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from rain_jax import data
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
-from rain_jax.parallel import Mapping, Sums
+from rain_jax.parallel import Devices, Mapping, Sums, choose_devices, place
 from rain_jax.types import Image, Key
 
 
@@ -266,3 +266,8 @@ class Parallel:
     devices: int | None = None
     sums: Sums = "float32"
     overlap: bool = False
+
+    def placed(self, *, training: bool = False) -> Devices:
+        """The devices at hand. Evaluation has no gradients that could overlap with anything."""
+        chosen = choose_devices(self.devices, training=training)
+        return place(self.mapping, chosen, overlap=training and self.overlap)

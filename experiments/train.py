@@ -31,9 +31,7 @@ from rain_jax.checks import UsageError
 from rain_jax.parallel import (
     Devices,
     check_batch_size,
-    choose_devices,
     initialise,
-    place,
     round_up,
 )
 from rain_jax.types import Key, Variables
@@ -85,10 +83,7 @@ def train_members(
     """
     # --- refusals, before anything is compiled
     first_of = members[0].experiment
-    where = first_of.parallel
-    devices = place(
-        where.mapping, choose_devices(where.devices, training=True), overlap=where.overlap
-    )
+    devices = first_of.parallel.placed(training=True)
     plan = plan_of(first_of)
     check_batch_size("config.training.batch_size", plan.batch_size, devices.size)
     _check_dispatches(first_of, plan)

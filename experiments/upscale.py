@@ -30,10 +30,8 @@ from rain_jax.methods.upscaling import DOWN, psnr, upscaling
 from rain_jax.models import upscalers
 from rain_jax.parallel import (
     Devices,
-    choose_devices,
     image_keys,
     initialise,
-    place,
     round_up,
     rows_of_process,
 )
@@ -299,7 +297,7 @@ def make_validator(built: Experiment, devices: Devices) -> running.Validator | N
 
 def judge(built: Experiment, folder: Path) -> None:
     """Measures the trained network on the test images; writes and prints what was found."""
-    devices = place(built.parallel.mapping, choose_devices(built.parallel.devices, training=True))
+    devices = built.parallel.placed(training=True)
     image = jax.ShapeDtypeStruct(built.splits.train.shape, jnp.float32)
     like = jax.eval_shape(built.upscaler.init, jax.eval_shape(jax.random.key, 0), image)
     averaged = built.config["average"] is not None

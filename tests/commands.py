@@ -62,8 +62,7 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-# How `conftest` has tests compile; and whether commands do as well, which a module may ask for.
-QUICK = ("optimization_level",)
+# Whether commands compile as `conftest` has tests compile, which a module may ask for.
 IN_HASTE = False
 
 
@@ -77,7 +76,7 @@ def start(
     lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = ("device_count",) if IN_HASTE else ("device_count", *QUICK)
+    own = ("device_count",) if IN_HASTE else ("device_count", "optimization_level")
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not any(o in f for o in own)]
     environment = {
         **os.environ,

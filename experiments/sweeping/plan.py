@@ -30,7 +30,6 @@ from rain_jax import data, evaluation
 from rain_jax.attacks.pgd import Ascent
 from rain_jax.checks import UsageError, one_of
 from rain_jax.norms import project
-from rain_jax.parallel import choose_devices, place, round_up
 from rain_jax.types import (
     Attack,
     Image,
@@ -96,9 +95,9 @@ class Plan:
         tests = [experiment.splits.test for experiment in self.experiments.values()]
         if len({(test.name, test.size, test.shape, test.classes) for test in tests}) > 1:
             raise UsageError("config.sweep.axes.run: expected runs on the same test images")
-        self.devices = place(first.parallel.mapping, choose_devices(first.parallel.devices))
-        self.batch_size = round_up(first.evaluation.batch_size, self.devices.size)
-        self.at_once = self.batch_size  # or fewer, where they do not fit
+        self.devices = first.parallel.placed()
+        self.room = memory.Room(first.evaluation.batch_size, self.devices.size)
+        self.batch_size = self.room.size  # as asked for
         made = [grid.parts(spec, {}, self.title, self.classes) for spec in specs]
         self.along = grid.radius_axis(asked.sweep.axes, self.title)
         self.data = self._data(specs)
@@ -119,8 +118,8 @@ class Plan:
             self.source(one)  # what is wrong with a corruption is met before anything runs
         if asked.sweep.warm and self.along is None:
             raise UsageError("config.sweep.warm: expected an axis threat.radius")
-        self._programs: dict[str, Any] = {}
-        self._judges: dict[str, Any] = {}
+        self._programs: dict[tuple[str, int], Any] = {}
+        self._judges: dict[tuple[str, int], Any] = {}
         self._digests: dict[Any, str] = {}
         self._held: tuple[Any, PyTree] = (None, None)
 
@@ -188,7 +187,8 @@ class Plan:
 
     def drive(self, one: Resolved) -> Any:
         """The program that attacks the cells which have this one's programs."""
-        if one.programs not in self._programs:
+        known = one.programs, self.room.size
+        if known not in self._programs:
             warm = self.asked.sweep.warm
 
             def attack_of(values: PyTree) -> Attack | Iteration:
@@ -204,14 +204,15 @@ class Plan:
             # As in an evaluation: of a random model the worst mean is wanted, not the first one
             # that is bad enough; and of another form of the model the judge may think otherwise.
             early = self.draws(one) == 1 and through is None
-            self._programs[one.programs] = evaluation.packed_lanes(
-                attack_of, climbed_of, self.devices, batch_size=self.at_once, early=early
+            self._programs[known] = evaluation.packed_lanes(
+                attack_of, climbed_of, self.devices, batch_size=self.room.size, early=early
             )
-        return self._programs[one.programs]
+        return self._programs[known]
 
     def judge(self, one: Resolved) -> Any:
         """The program that judges them."""
-        if one.model not in self._judges:
+        known = one.model, self.room.size
+        if known not in self._judges:
             bits = one.spec["evaluation"]["eight_bit"]
             rule = evaluation.Rules(
                 grid.parts(one.spec, {}, self.title, self.classes).threat, self.draws(one), bits
@@ -226,15 +227,10 @@ class Plan:
                 radius = values.get(self.along, rule.threat.radius)
                 return rule._replace(threat=rule.threat._replace(radius=radius))
 
-            self._judges[one.model] = evaluation.judging_lanes(
-                model_of, rules_of, self.devices, batch_size=self.at_once
+            self._judges[known] = evaluation.judging_lanes(
+                model_of, rules_of, self.devices, batch_size=self.room.size
             )
-        return self._judges[one.model]
-
-    def smaller(self, error: BaseException) -> None:
-        """Programs of half as many images from now on, if `error` is that they did not fit."""
-        self.at_once = memory.halved(self.at_once, self.devices.size, error)
-        self._programs, self._judges = {}, {}
+        return self._judges[known]
 
     def variables(self, one: Resolved) -> PyTree:
         """A cell's weights, on all devices."""
