@@ -80,6 +80,9 @@ class Iteration(NamedTuple):
 
     `seen` is what is known of that between two steps without asking the model again, for attacks
     whose `best` asks it: of the images that steps have looked at, the last one not among them.
+
+    With `once` a step asks the model once and about `state.image`, for its logits and their
+    gradient, so that who has both at hand need not compute them again.
     """
 
     init: Callable[[Key, LogitsFn, Image, Target], PyTree]
@@ -90,6 +93,7 @@ class Iteration(NamedTuple):
     # that see no gradients, where this is the price.
     queries: Callable[[PyTree], Scalar] | None = None
     seen: Callable[[PyTree], tuple[Image, Scalar]] | None = None
+    once: bool = False
 
     def __call__(self, key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:
         state = self.init(key, logits_fn, image, target)

@@ -183,7 +183,10 @@ def ascent(
     def seen(state: Ascent) -> tuple[Image, Scalar]:
         return state.found, state.score
 
-    return Iteration(init, step, best, steps, seen=seen if keep == "best" else None)
+    return Iteration(
+        init, step, best, steps,
+        seen=seen if keep == "best" else None, once=estimator is None,
+    )  # fmt: skip
 
 
 def _step(threat: Threat, size: Any) -> Any:

@@ -16,6 +16,7 @@ from rain_jax.types import (
     Attack,
     AxisName,
     Batch,
+    Image,
     Iteration,
     Key,
     LogitsFn,
@@ -178,6 +179,23 @@ def fit(network: Network) -> Learn:
     return learn
 
 
+@jax.custom_vjp
+def _given(image: Image, logits: Array, pull: PyTree) -> Array:
+    """The logits [K] of an image, with the gradient that `pull` makes of theirs."""
+    return logits
+
+
+def _give(image: Image, logits: Array, pull: PyTree) -> tuple[Array, PyTree]:
+    return logits, pull
+
+
+def _pull(pull: PyTree, cotangent: Array) -> tuple[Image, None, None]:
+    return *pull(cotangent), None, None
+
+
+_given.defvjp(_give, _pull)
+
+
 def attack_batch(
     network: Network,
     attack: Attack,
@@ -198,7 +216,8 @@ def attack_batch(
     - "batch": statistics of the attacked batch over all devices, running averages untouched
       (Gowal et al., Rebuffi et al., Wang et al.).
     - "train": the same, and the running averages follow the images that the attack visits
-      (Madry et al., Rice et al., Wong et al.); one forward pass more in each attack step.
+      (Madry et al., Rice et al., Wong et al.). One forward pass more in each step, but for attacks
+      that ask `once` in one, on networks that do not draw.
     """
     one_of("batch_norm", batch_norm, ("eval", "batch", "train"))
     # No gradient reaches the weights through the attack, nor is one computed.
@@ -207,17 +226,14 @@ def attack_batch(
     train = batch_norm != "eval"
     across = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
 
-    def logits_fn_with(state: ModelState) -> LogitsFn:
-        def logits_fn(key: Key, image: Array) -> Array:
-            variables = {"params": params, **state}
-            # One image at a time, yet normalised over all of them: the batch is a named axis.
-            axis = (_IMAGE_AXIS, *across) if train else None
-            logits, _ = network.apply(
-                variables, image[None], train=train, axis_name=axis, keys=key[None]
-            )
-            return logits[0]
+    def passed(state: ModelState, key: Key, image: Array) -> tuple[Array, ModelState]:
+        # One image at a time, yet normalised over all of them: the batch is a named axis.
+        axis = (_IMAGE_AXIS, *across) if train else None
+        variables = {"params": params, **state}
+        return network.apply(variables, image[None], train=train, axis_name=axis, keys=key[None])
 
-        return logits_fn
+    def logits_fn_with(state: ModelState) -> LogitsFn:
+        return lambda key, image: passed(state, key, image)[0][0]
 
     if batch_norm != "train":
         logits_fn = logits_fn_with(model_state)
@@ -234,13 +250,29 @@ def attack_batch(
         states, model_state = carry
         if states.image.shape != batch.image.shape:
             raise UsageError("batch_norm='train': expected an attack with restarts=1")
-        logits_fn = logits_fn_with(model_state)
-        variables = {"params": params, **model_state}
+        # A random network's draw in the attack is the attack's own, so it cannot be given.
+        if attack.once and not network.random:
+            return with_one_pass(states, model_state), None
         draws = _draws(network, jax.random.fold_in(key, _OUTSIDE - 1 - number), batch)
-        after = network.apply(variables, states.image, train=True, axis_name=axis_name, keys=draws)[
-            1
-        ]
+        _, after = network.apply(
+            {"params": params, **model_state}, states.image,
+            train=True, axis_name=axis_name, keys=draws,
+        )  # fmt: skip
+        logits_fn = logits_fn_with(model_state)
         return (per_image(lambda state: attack.step(logits_fn, state))(states), after), None
+
+    def with_one_pass(states: PyTree, model_state: ModelState) -> tuple[PyTree, ModelState]:
+        """A step, and the averages that the forward pass of its gradient left."""
+
+        def one(state: PyTree, key: Key) -> tuple[PyTree, ModelState]:
+            def alone(image: Image) -> tuple[Array, ModelState]:
+                logits, after = passed(model_state, key, image)
+                return logits[0], after
+
+            logits, pull, after = jax.vjp(alone, state.image, has_aux=True)
+            return attack.step(lambda key, image: _given(image, logits, pull), state), after
+
+        return jax.vmap(one, axis_name=_IMAGE_AXIS, out_axes=(0, None))(states, keys)
 
     logits_fn = logits_fn_with(model_state)
     start = per_image(lambda k, i, y: attack.init(k, logits_fn, i, y))

@@ -65,7 +65,7 @@ def noisy_step(threat: Threat, *, noise: Any, step_size: Any = None) -> Iteratio
     def best(logits_fn: LogitsFn, state: Noisy) -> tuple[Image, Scalar]:
         return state.image, margin(logits_fn(state.key, state.image), state.target)
 
-    return Iteration(init, step, best, 1)
+    return Iteration(init, step, best, 1, once=True)
 
 
 def n_fgsm(

@@ -13,6 +13,7 @@ from rain_jax.attacks.pgd import ascent, wrong_classes
 from rain_jax.checks import UsageError
 from rain_jax.gradients import eot
 from rain_jax.losses import cross_entropy, dlr, kl, margin, targeted
+from rain_jax.methods.fast import noisy_step
 from rain_jax.norms import allowed, l1, l2, linf, steepest
 from rain_jax.types import Threat
 
@@ -402,3 +403,41 @@ def test_bad_starts_are_refused():
         pgd(Threat(l2, 0.1), steps=1, start="sign")
     with pytest.raises(UsageError, match=r"start_scale=0.0"):
         pgd(Threat(linf, 0.1), steps=1, start_scale=0.0)
+
+
+ONCE = {
+    "pgd": pgd(Threat(linf, 0.1), steps=3),
+    "last": pgd(Threat(l2, 0.5), steps=3, keep="last"),
+    "kl": pgd(Threat(linf, 0.1), steps=3, loss=kl),
+    "goal": pgd(Threat(linf, 0.1), steps=3, goal="likeliest"),
+    "fgsm": fgsm(Threat(linf, 0.1)),
+    "mi_fgsm": mi_fgsm(Threat(linf, 0.1), steps=3),
+    "noisy_step": noisy_step(Threat(linf, 0.1), noise=2.0),
+}
+
+
+@pytest.mark.parametrize("attack", ONCE.values(), ids=ONCE)
+def test_whoever_asks_once_asks_about_the_image_of_its_state(attack, key):
+    model = lambda key, image: jnp.tanh(jnp.tensordot(image, WEIGHT, 3) * jnp.arange(1.0, 4.0))
+    state = attack.init(key, model, IMAGE, 0)
+    for _ in range(attack.steps):
+        asked = 0
+
+        def knows_one(key, image, known=state.image):
+            nonlocal asked
+            asked += 1
+            return jnp.where(jnp.all(image == known), model(key, image), jnp.nan)
+
+        found, state = attack.step(knows_one, state), attack.step(model, state)
+        assert asked == 1
+        jax.tree.map(np.testing.assert_array_equal, *map(without_keys, (found, state)))
+    assert attack.once
+
+
+def without_keys(state):
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def test_draws_and_restarts_ask_more_than_once():
+    for more in ({"estimator": eot(2)}, {"restarts": 2}):
+        assert not pgd(Threat(linf, 0.1), steps=3, **more).once

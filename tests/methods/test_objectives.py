@@ -11,6 +11,7 @@ from rain_jax import attacks, methods, models
 from rain_jax.checks import UsageError
 from rain_jax.defences import resize_and_pad
 from rain_jax.defences.network import in_front
+from rain_jax.gradients import eot
 from rain_jax.methods.awp import awp
 from rain_jax.methods.common import Staged, attack_batch
 from rain_jax.methods.rat import with_perturbations
@@ -264,10 +265,13 @@ def test_only_train_mode_moves_the_running_averages(batch, parts, key):
     assert max(jax.tree.leaves(moved)) > 0
 
 
-def test_train_mode_averages_follow_the_images_visited(batch, parts, key):
+@pytest.mark.parametrize("estimator", [None, eot(2)], ids=["once", "more than once"])
+def test_train_mode_averages_follow_the_images_visited(estimator, batch, parts, key):
     """The running averages after the attack, computed again from its images one by one."""
     params, state = parts
-    _, after = attack_batch(NETWORK, PGD, params, state, key, batch, batch_norm="train")
+    attack = attacks.pgd(THREAT, steps=3, estimator=estimator)
+    assert attack.once == (estimator is None)
+    _, after = attack_batch(NETWORK, attack, params, state, key, batch, batch_norm="train")
 
     def logits(images):
         return NETWORK.apply({"params": params, **state}, images, train=True)[0]
