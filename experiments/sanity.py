@@ -292,6 +292,15 @@ def _of_the_attacks(
                 not _surely_more(still, given, _UNCHANGED),
                 f"{still:,} of {given:,} come back as they were",
             ))  # fmt: skip
+    if forms := {*experiment.assembly.forms} - {*_OTHERS}:
+        words = [(experiment.looks[title].through or "").split("+") for title in white]
+        climbed = forms.intersection(itertools.chain(*words))
+        found.append(Check(
+            "some attack goes through a surrogate of the defence",
+            bool(climbed),
+            f"through {', '.join(sorted(climbed))}" if climbed else
+            f"of {', '.join(sorted(forms))}; experiments/configs/ladder.py climbs them all",
+        ))  # fmt: skip
     found += _of_lengths(experiment, measured, {title: left[title] for title in white})
     if counted:
         whole = [share for title, share in measured.stands.items() if title not in measured.checks]

@@ -236,6 +236,27 @@ def test_a_sound_evaluation_has_no_flag(experiment_of, tmp_path):
     assert record["worst_case"]["accuracy"] == pytest.approx(np.mean(OFF > RADIUS))
 
 
+@pytest.mark.parametrize(
+    ("through", "flagged"),
+    [(None, True), ("classifier", True), ("gray", True), ("cubic", False), ("mean+cubic", False)],
+)
+def test_a_defence_is_flagged_whose_surrogates_nobody_climbs(
+    experiment_of, tmp_path, through, flagged
+):
+    experiment = experiment_of(sound)
+    straight = network_of(sound)
+    experiment = experiment._replace(
+        looks={**experiment.looks, "other": experiment.looks["pgd"]._replace(through=through)},
+        assembly=experiment.assembly._replace(
+            through=lambda form: straight, forms=("classifier", "cubic", "gray")
+        ),
+    )
+    _, record = told(experiment, tmp_path)
+    name = "some attack goes through a surrogate of the defence"
+    assert failing(record["checks"]) == ({name} if flagged else set())
+    assert name in {check["name"] for check in record["checks"]}
+
+
 def test_a_quantised_model_is_flagged_wherever_its_number_stands(experiment_of, tmp_path):
     """Its gradient is zero: what asks for logits alone, or climbs another model, does better."""
     experiment = experiment_of(quantised, **EASY)

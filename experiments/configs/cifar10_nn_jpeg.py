@@ -21,6 +21,7 @@ import ml_collections
 from experiments.configuring import config
 from experiments.recipes import cifar10_small, row
 
+PGD20 = dict(name="pgd", steps=20, step_size=2 / 255)
 OWN = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")
 
 
@@ -63,6 +64,6 @@ def get_config(variant: str = "nn") -> ml_collections.ConfigDict:
             batch_size=100,
             images=1000,
             eight_bit=True,
-            attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255)),
+            attacks=dict(pgd20=PGD20, pgd20_identity={**PGD20, "through": "identity"}),
         ),
     )

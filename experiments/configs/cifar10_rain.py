@@ -32,6 +32,9 @@ def get_config() -> ml_collections.ConfigDict:
             batch_size=100,
             images=200,
             eight_bit=True,
-            attacks=dict(eot_pgd20=EOT_PGD20),
+            attacks=dict(
+                eot_pgd20=EOT_PGD20,
+                eot_pgd20_means={**EOT_PGD20, "through": "average_one_shift"},
+            ),
         ),
     )

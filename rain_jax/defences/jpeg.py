@@ -1,17 +1,19 @@
 """Defences that compress the image: what JPEG, or a relative, throws away, an attack may need.
 
-To an attacker who passes gradients straight through them they are hardly there (Athalye et al.,
-arXiv:1802.00420), and that is how they differentiate themselves. Each brings as surrogates, with
-the true function forwards, but for "cubic":
+What an attacker must know is which coefficients are about to be rounded the other way, and so they
+differentiate themselves by a quantiser with slopes ("sloped" of `image.quantise`). Straight through
+(BPDA, Athalye et al., arXiv:1802.00420) tells nothing of that: where JPEG at quality 75 leaves 1 %
+of 100 images to PGD-40 along slopes, at 4/255 on a small network, 28 stand straight through. Each
+brings as surrogates, with the true function forwards, but for "cubic":
 
 - "identity": the gradient is the identity's, whatever becomes of chroma (BPDA);
-- "cubic": the quantiser is replaced by one with slopes, forwards too (Shin & Song 2017);
+- "cubic": the quantiser has slopes forwards too (Shin & Song 2017);
 - "survivors": only coefficients that are not quantised to zero pass;
 - "low_pass": only the lower half of the frequencies passes, on both axes (our own).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from rain_jax.image import dct, idct, low_pass, standard_tables
 from rain_jax.image import jpeg as coded
 from rain_jax.image.given import floats, whole
 from rain_jax.image.jpeg import step_table
+from rain_jax.image.quantise import Rounding, quantisers
 from rain_jax.types import (
     Array,
     Defence,
@@ -40,10 +43,10 @@ _BLOCK = 8
 
 
 def _defence(
-    init: Callable[[], Variables], through: Callable[[Any], DefenceApply], random: bool = False
+    init: Callable[[], Variables], through: Callable[[Rounding], DefenceApply], random: bool = False
 ) -> Defence:
     """A defence and its surrogates, given what it is with each way of rounding."""
-    apply = through("straight_through")
+    apply = through("sloped")
 
     def smooth(variables: Variables, key: Key, image: Image) -> Image:
         return low_pass(image, _LOWER_HALF)
@@ -66,7 +69,7 @@ def _variables(made: Tables) -> Variables:
 def _codec(made: Callable[[], Tables], subsampling: Subsampling) -> Defence:
     one_of("subsampling", subsampling, ("444", "420"))
 
-    def through(rounding: Any) -> DefenceApply:
+    def through(rounding: Rounding) -> DefenceApply:
         def apply(variables: Variables, key: Key, image: Image) -> Image:
             steps = variables["tables"]
             return coded(
@@ -123,14 +126,14 @@ def shield(
         whole("qualities", quality, 1, 100)
     one_of("subsampling", subsampling, ("444", "420"))
 
-    def each(rounding: Any, variables: Variables, image: Image) -> Array:
+    def each(rounding: Rounding, variables: Variables, image: Image) -> Array:
         def one(luma: Array, chroma: Array) -> Image:
             return coded(image, luma, chroma, subsampling=subsampling, rounding=rounding)
 
         steps = variables["tables"]
         return jax.vmap(one)(steps["luma"], steps["chroma"])
 
-    def through(rounding: Any) -> DefenceApply:
+    def through(rounding: Rounding) -> DefenceApply:
         def apply(variables: Variables, key: Key, image: Image) -> Image:
             compressed = each(rounding, variables, image)
             count, height, width, _ = compressed.shape
@@ -143,7 +146,7 @@ def shield(
         return apply
 
     def mean(variables: Variables, key: Key, image: Image) -> Image:
-        return jnp.mean(each("straight_through", variables, image), axis=0)
+        return jnp.mean(each("sloped", variables, image), axis=0)
 
     def init() -> Variables:
         return _variables(jax.vmap(standard_tables)(jnp.array(qualities, jnp.int32)))
@@ -153,20 +156,7 @@ def shield(
     return defence._replace(surrogates=surrogates, fixed=frozenset({"mean"}))
 
 
-def _nearest_survives(values: Array) -> Array:
-    return jnp.where(jnp.round(values) != 0, values, 0.0)
-
-
-def _cubic(values: Array) -> Array:
-    nearest = jax.lax.stop_gradient(jnp.round(values))
-    return nearest + (values - nearest) ** 3
-
-
-_QUANTISERS = {
-    "straight_through": straight_through(jnp.round),
-    "cubic": _cubic,
-    "survivors": straight_through(jnp.round, _nearest_survives),
-}
+_QUANTISERS = quantisers(jnp.round)
 _clipped = straight_through(lambda image: jnp.clip(image, 0.0, 1.0))
 
 
@@ -179,7 +169,7 @@ def feature_distillation() -> Defence:
     {"tables": {"steps": [8, 8]}}.
     """
 
-    def through(rounding: Any) -> DefenceApply:
+    def through(rounding: Rounding) -> DefenceApply:
         quantise = _QUANTISERS[rounding]
 
         def apply(variables: Variables, key: Key, image: Image) -> Image:

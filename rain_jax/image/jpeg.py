@@ -5,7 +5,6 @@ file holds that was written and read with it (measured against libjpeg-turbo 3.2
 one value in 10^5). Its integers are kept in float32, where nearly all of its sums are exact.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,10 +15,10 @@ from rain_jax.checks import UsageError, one_of, within
 from rain_jax.gradients import straight_through
 from rain_jax.image.dct import BLOCK
 from rain_jax.image.given import floats
+from rain_jax.image.quantise import Quantiser, Rounding, quantisers
 from rain_jax.types import Array, Image
 
 Subsampling = Literal["444", "420"]
-Rounding = Literal["hard", "straight_through", "cubic", "survivors"]
 
 # T.81, tables K.1 and K.2: rows are vertical frequencies.
 _LUMA = np.array(
@@ -144,23 +143,7 @@ def _half_away(values: Array) -> Array:
     return jnp.sign(values) * jnp.floor(jnp.abs(values) + 0.5 + _TIE)
 
 
-def _cubic(values: Array) -> Array:
-    """Rounding bent to have a slope (Shin & Song 2017): off by the cube of the distance."""
-    nearest = jax.lax.stop_gradient(_half_away(values))
-    return nearest + (values - nearest) ** 3
-
-
-def _surviving(values: Array) -> Array:
-    """The values that do not round to zero."""
-    return jnp.where(_half_away(values) != 0, values, 0.0)
-
-
-_QUANTISERS: dict[str, Callable[..., Any]] = {
-    "hard": _half_away,
-    "straight_through": straight_through(_half_away),
-    "cubic": _cubic,
-    "survivors": straight_through(_half_away, _surviving),
-}
+_QUANTISERS = quantisers(_half_away)
 
 _whole = straight_through(_half_up)
 _byte = straight_through(lambda values: jnp.clip(_half_up(values), 0.0, 255.0))
@@ -179,7 +162,7 @@ def _along(spec: str, planes: Array) -> Array:
     return jnp.einsum(spec, _WAVES, planes, precision=jax.lax.Precision.HIGHEST)
 
 
-def _quantised(planes: Array, tables: Array, quantise: Callable[..., Any]) -> Array:
+def _quantised(planes: Array, tables: Array, quantise: Quantiser) -> Array:
     """Planes [P, H, W] of 8-bit values through the transform and back, by tables [P, 8, 8]."""
     count, height, width = planes.shape
     padded = _pad(planes, BLOCK, BLOCK) - _GREY
@@ -236,14 +219,11 @@ def jpeg(
     of 1/255. With "420", the default of most encoders, chroma is halved by box means and doubled
     by a triangle filter, as libjpeg does; "444" keeps it whole.
 
-    `rounding` says how the quantiser is differentiated. "hard": as it is, zero everywhere. The
-    others pass all other roundings and clips straight through (BPDA, arXiv:1802.00420), and the
-    quantiser thus: "straight_through" altogether, which for "444" makes the whole gradient the
-    identity, to the three digits of libjpeg's fixed-point constants; "survivors" for the
-    coefficients that are not quantised to zero, none for the rest; "cubic" replaces it, forwards as
-    well, by round(v) + (v - round(v))^3 (Shin & Song 2017), whose gradient nearly vanishes near
-    whole v, where most coefficients are. All but "cubic" have the same value. Raises `UsageError`
-    for other options, shapes and steps.
+    `rounding` says how the quantiser is differentiated, one of `quantise.quantisers`. "hard": as
+    it is, zero everywhere. The others pass all other roundings and clips straight through (BPDA,
+    arXiv:1802.00420); by "straight_through" the whole gradient for "444" is the identity, to the
+    three digits of libjpeg's fixed-point constants. All but "cubic" have the same value. Raises
+    `UsageError` for other options, shapes and steps.
     """
     one_of("subsampling", subsampling, ("444", "420"))
     quantise = _QUANTISERS[one_of("rounding", rounding, _QUANTISERS)]

@@ -213,19 +213,21 @@ def test_straight_through_is_the_identity_backwards():
     assert 0.5 < jnp.linalg.norm(gradient) / jnp.linalg.norm(direction) < 0.9
 
 
-def test_hard_has_no_gradient_and_cubic_a_weak_one():
+def test_hard_has_no_gradient_and_slopes_are_weak():
     assert not np.any(pulled(soft(), "hard")[1])
     for subsampling in ("444", "420"):
-        direction, gradient = pulled(soft(), "cubic", subsampling)
-        assert np.all(np.isfinite(gradient))
-        assert 0 < jnp.linalg.norm(gradient) < 0.5 * jnp.linalg.norm(direction)
+        for rounding in ("cubic", "sloped"):
+            direction, gradient = pulled(soft(), rounding, subsampling)
+            assert np.all(np.isfinite(gradient))
+            assert 0 < jnp.linalg.norm(gradient) < 0.5 * jnp.linalg.norm(direction)
 
 
-def test_the_cubic_gradient_is_three_squares_of_the_distance_to_a_whole_number():
+@pytest.mark.parametrize("rounding", ["cubic", "sloped"])
+def test_the_slope_is_three_squares_of_the_distance_to_a_whole_number(rounding):
     # At even grey only the mean's coefficient is not 0: 8 * (level - 128) in steps of 64.
     luma = jnp.full((8, 8), 64.0)
     image = jnp.full((8, 8, 1), 139 / 255)
-    total = lambda image: jnp.sum(ops.jpeg(image, luma, None, rounding="cubic"))
+    total = lambda image: jnp.sum(ops.jpeg(image, luma, None, rounding=rounding))
     gradient = jax.jit(jax.grad(total))(image)
     np.testing.assert_allclose(gradient, 3 * (8 * 11 / 64 - 1) ** 2, rtol=1e-3)
 

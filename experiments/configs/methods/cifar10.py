@@ -29,7 +29,17 @@ from experiments.recipes import cifar10_small, method_rows, row, with_changes
 
 EPOCHS = 2
 ROWS = method_rows(radius=8 / 255, steps=3, step_size=4 / 255, epochs=EPOCHS)
-ROWS["pgd_at_jpeg"] = {**ROWS["pgd_at"], "defence": dict(name="jpeg", quality=75)}
+PGD50 = dict(name="pgd", steps=50, step_size=2 / 255, restarts=2)
+ATTACKS = dict(
+    pgd50=PGD50,
+    apgd_t=dict(name="apgd_t", steps=50),
+    square=dict(name="square", queries=1000),
+)
+ROWS["pgd_at_jpeg"] = {
+    **ROWS["pgd_at"],
+    "defence": dict(name="jpeg", quality=75),
+    "evaluation": dict(attacks={**ATTACKS, "pgd50_identity": {**PGD50, "through": "identity"}}),
+}
 TEXTS = tuple(ROWS)
 
 
@@ -47,11 +57,7 @@ def get_config(name: str = "pgd_at") -> ml_collections.ConfigDict:
             batch_size=250,
             images=500,
             checkpoint="latest",
-            attacks=dict(
-                pgd50=dict(name="pgd", steps=50, step_size=2 / 255, restarts=2),
-                apgd_t=dict(name="apgd_t", steps=50),
-                square=dict(name="square", queries=1000),
-            ),
+            attacks=ATTACKS,
         ),
     )
     return config(**with_changes(sections, row(ROWS, name)))
