@@ -14,6 +14,7 @@ from rain_jax.checks import within
 from rain_jax.gradients import straight_through
 from rain_jax.image import resize, shift
 from rain_jax.image.given import floats, whole
+from rain_jax.image.quantise import quantisers
 from rain_jax.types import Array, Defence, Image, Key, Variables
 
 # Both step sizes of the primal-dual solver. Differences along two axes at most triple lengths
@@ -31,15 +32,20 @@ def bit_depth(*, bits: int = 3) -> Defence:
     """Rounds to 2^bits evenly spaced values, 0 and 1 among them, `bits` in [1, 8].
 
     Feature squeezing as its authors round (Xu et al., arXiv:1704.01155), at the depth of Guo et al.
-    (arXiv:1711.00117), who leave one more value. Gradients are the identity's (BPDA).
+    (arXiv:1711.00117), who leave one more value. The gradient is that of rounding with slopes
+    ("sloped" of `image.quantise`): steps along signs do not feel it, others do. The surrogate
+    "identity" is BPDA.
     """
     whole("bits", bits, 1, 8)
     most = 2**bits - 1
 
-    def rounded(variables: Variables, key: Key, image: Image) -> Image:
-        return jnp.round(floats(image) * most) / most
+    sloped = quantisers(jnp.round)["sloped"]
 
-    return Defence(_without_variables, straight_through(rounded))
+    def rounded(variables: Variables, key: Key, image: Image) -> Image:
+        return sloped(floats(image) * most) / most
+
+    identity = straight_through(rounded)
+    return Defence(_without_variables, rounded, surrogates={"identity": identity})
 
 
 def median(*, width: int = 2) -> Defence:

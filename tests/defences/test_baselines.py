@@ -49,7 +49,7 @@ def test_what_holds_for_all(name, key):
 @pytest.mark.parametrize(
     "apply",
     [
-        SMALL["bit_depth"].apply,
+        SMALL["bit_depth"].surrogates["identity"],
         SMALL["gaussian_noise"].apply,
         SMALL["total_variation"].apply,
         SMALL["median"].surrogates["identity"],
@@ -70,6 +70,14 @@ def test_bit_depth_by_hand(key):
     whole = jnp.arange(256).reshape(16, 16, 1) / 255
     out = baselines.bit_depth(bits=8).apply({}, key, whole)
     np.testing.assert_allclose(out, whole, atol=1e-7)
+
+
+def test_bit_depth_is_felt_most_where_it_is_about_to_tip_over(key):
+    image = jnp.array([0.0, 0.2, 0.49, 0.51, 1.0]).reshape(1, 5, 1)
+    apply = partial(baselines.bit_depth(bits=1).apply, {}, key)
+    slopes = jax.grad(lambda image: jnp.sum(apply(image)))(image).ravel()
+    expected = 0.03 + 3 * np.array([0, 0.2, 0.49, 0.49, 0]) ** 2
+    np.testing.assert_allclose(slopes, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5])

@@ -222,14 +222,24 @@ def test_hard_has_no_gradient_and_slopes_are_weak():
             assert 0 < jnp.linalg.norm(gradient) < 0.5 * jnp.linalg.norm(direction)
 
 
-@pytest.mark.parametrize("rounding", ["cubic", "sloped"])
-def test_the_slope_is_three_squares_of_the_distance_to_a_whole_number(rounding):
+@pytest.mark.parametrize(("rounding", "least"), [("cubic", 0.0), ("sloped", 0.03)])
+def test_the_slope_is_three_squares_of_the_distance_to_a_whole_number(rounding, least):
     # At even grey only the mean's coefficient is not 0: 8 * (level - 128) in steps of 64.
     luma = jnp.full((8, 8), 64.0)
     image = jnp.full((8, 8, 1), 139 / 255)
     total = lambda image: jnp.sum(ops.jpeg(image, luma, None, rounding=rounding))
     gradient = jax.jit(jax.grad(total))(image)
-    np.testing.assert_allclose(gradient, 3 * (8 * 11 / 64 - 1) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(gradient, least + 3 * (8 * 11 / 64 - 1) ** 2, rtol=1e-3)
+
+
+def test_even_blocks_have_a_gradient_although_all_their_coefficients_are_whole():
+    luma = jnp.full((8, 8), 64.0)
+    direction = jax.random.normal(jax.random.key(6), (8, 8, 1))
+    codec = lambda image: ops.jpeg(image, luma, None, rounding="sloped")
+    gradient = jax.jit(lambda image: jax.vjp(codec, image)[1](direction)[0])
+    for level in (0, 128, 248):  # 0, -1024 and 960: whole steps
+        found = gradient(jnp.full((8, 8, 1), level / 255))
+        np.testing.assert_allclose(found, 0.03 * direction, atol=1e-4)
 
 
 def test_survivors_let_through_only_coefficients_that_are_not_lost():
