@@ -238,7 +238,7 @@ def test_a_sound_evaluation_has_no_flag(experiment_of, tmp_path):
 
 @pytest.mark.parametrize(
     ("through", "flagged"),
-    [(None, True), ("classifier", True), ("gray", True), ("cubic", False), ("mean+cubic", False)],
+    [(None, True), ("gray", True), ("mean+cubic", False)],
 )
 def test_a_defence_is_flagged_whose_surrogates_nobody_climbs(
     experiment_of, tmp_path, through, flagged
