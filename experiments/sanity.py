@@ -299,7 +299,7 @@ def _of_the_attacks(
             "some attack goes through a surrogate of the defence",
             bool(climbed),
             f"through {', '.join(sorted(climbed))}" if climbed else
-            f"of {', '.join(sorted(forms))}; experiments/configs/ladder.py climbs them all",
+            f"none through {', '.join(sorted(forms))}: configs/ladder.py climbs them all",
         ))  # fmt: skip
     found += _of_lengths(experiment, measured, {title: left[title] for title in white})
     if counted:
