@@ -351,6 +351,7 @@ def test_runs_that_differ_in_a_number_are_a_curve_and_seeds_are_one_point(tmp_pa
         seed = method.pop("seed", 0)
         config = {"seed": seed, "method": method, "evaluation": {"batch_size": clean}}
         config |= {"data": {"name": "digits", "data_dir": folder}}
+        config |= {"checkpoints": {"every_epochs": clean}, "parallel": {"devices": worst}}
         return write_run(tmp_path / folder, record, config=config)
 
     folders = [

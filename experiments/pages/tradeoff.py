@@ -12,7 +12,7 @@ from experiments.pages.tables import Cell, Percent, Table
 Settings = dict[str, Any]
 
 # What does not change how a run is trained, but for its luck.
-_APART = ("seed", "data.data_dir", "evaluation", "sweep", "validation")
+_APART = ("seed", "data.data_dir", "evaluation", "sweep", "validation", "checkpoints", "parallel")
 
 
 class Family(NamedTuple):
