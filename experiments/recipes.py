@@ -12,10 +12,9 @@ MNIST = dict(mean=0.1307, std=0.3081)
 STL10 = dict(mean=(0.4467, 0.4398, 0.4066), std=(0.2603, 0.2566, 0.2713))
 EIGHT = dict(norm="linf", radius=8 / 255)
 
+PGD20 = dict(name="pgd", steps=20, step_size=2 / 255)
 # For models that draw, along the mean over draws: what climbs along one draw finds little.
-EOT_PGD20 = dict(
-    name="pgd", steps=20, step_size=2 / 255, loss="margin", estimator=dict(name="eot", draws=5)
-)
+EOT_PGD20 = dict(**PGD20, loss="margin", estimator=dict(name="eot", draws=5))
 
 
 def cifar10_small(**network: Any) -> Sections:

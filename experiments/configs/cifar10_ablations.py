@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import cifar10_small, row
+from experiments.recipes import PGD20, cifar10_small, row
 
 BICUBIC = dict(name="rain", upscaler=dict(name="bicubic"), reach=0.1)
 OWN_TABLE = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")
@@ -72,6 +72,6 @@ def get_config(part: str = "picks-shift") -> ml_collections.ConfigDict:
             batch_size=100,
             images=1000,
             eight_bit=True,
-            attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255)),
+            attacks=dict(pgd20=PGD20),
         ),
     )

@@ -6,7 +6,7 @@ python -m experiments.train --config=experiments/configs/cifar10_natural.py
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import cifar10_small
+from experiments.recipes import PGD20, cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -21,7 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
         training=dict(epochs=7, batch_size=128),
         validation=dict(every_epochs=1, batch_size=250),
         checkpoints=dict(every_epochs=1),
-        evaluation=dict(
-            batch_size=250, attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255))
-        ),
+        evaluation=dict(batch_size=250, attacks=dict(pgd20=PGD20)),
     )

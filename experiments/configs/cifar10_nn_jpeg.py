@@ -19,9 +19,8 @@ from typing import Any
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import cifar10_small, row
+from experiments.recipes import PGD20, cifar10_small, row
 
-PGD20 = dict(name="pgd", steps=20, step_size=2 / 255)
 OWN = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")
 
 

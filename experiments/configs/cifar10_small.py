@@ -6,7 +6,7 @@ python -m experiments.train --config=experiments/configs/cifar10_small.py
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import cifar10_small
+from experiments.recipes import PGD20, cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -26,7 +26,5 @@ def get_config() -> ml_collections.ConfigDict:
             every_epochs=1, attack=dict(name="pgd", steps=10, step_size=2 / 255), batch_size=250
         ),
         checkpoints=dict(every_epochs=0.5),
-        evaluation=dict(
-            batch_size=250, attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255))
-        ),
+        evaluation=dict(batch_size=250, attacks=dict(pgd20=PGD20)),
     )

@@ -12,7 +12,7 @@ a PreAct ResNet-18, for a GPU: 79.3 [76.7, 81.7], and none (docs/gpu.md).
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import stl10
+from experiments.recipes import PGD20, stl10
 from rain_jax.checks import one_of
 
 
@@ -29,7 +29,5 @@ def get_config(size: str = "small") -> ml_collections.ConfigDict:
         training=dict(epochs=100 if full else 30, batch_size=64 if full else 32),
         validation=dict(every_epochs=5, batch_size=100),
         checkpoints=dict(every_epochs=5),
-        evaluation=dict(
-            batch_size=100, attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255))
-        ),
+        evaluation=dict(batch_size=100, attacks=dict(pgd20=PGD20)),
     )

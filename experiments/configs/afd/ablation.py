@@ -13,7 +13,7 @@ so this is a study of its parts and no reproduction. Nothing has been measured y
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import cifar10_small
+from experiments.recipes import PGD20, cifar10_small
 from rain_jax.checks import UsageError, one_of
 
 STARTS, STAGES = ("sign", "uniform"), ("post", "pre", "none")
@@ -45,7 +45,5 @@ def get_config(run: str = "sign-post-film") -> ml_collections.ConfigDict:
             every_epochs=1, attack=dict(name="pgd", steps=10, step_size=2 / 255), batch_size=250
         ),
         checkpoints=dict(every_epochs=0.5),
-        evaluation=dict(
-            batch_size=250, attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255))
-        ),
+        evaluation=dict(batch_size=250, attacks=dict(pgd20=PGD20)),
     )

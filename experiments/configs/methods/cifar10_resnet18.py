@@ -20,7 +20,7 @@ Not run by us so far: it needs an accelerator.
 import ml_collections
 
 from experiments.configuring import config
-from experiments.recipes import CIFAR10, EIGHT, Sections, row, with_changes
+from experiments.recipes import CIFAR10, EIGHT, PGD20, Sections, row, with_changes
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255, keep="last")
 NOISY = dict(name="pgd", steps=10, step_size=0.007, start="normal", keep="last")
@@ -126,7 +126,7 @@ def get_config(name: str = "pgd_at") -> ml_collections.ConfigDict:
         evaluation=dict(
             batch_size=500,
             suite="standard",
-            attacks=dict(pgd20=dict(name="pgd", steps=20, step_size=2 / 255)),
+            attacks=dict(pgd20=PGD20),
         ),
     )
     return config(**with_changes(sections, row(ROWS, name)))
