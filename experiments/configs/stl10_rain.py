@@ -17,7 +17,7 @@ file is at hand: `--config.start.defence=FILE.npz`.
         --workdir=runs/stl10_rain_full
 
 Seed 0, single passes over 40 test images: 63.0 % right, 0.0 in the worst case over the ladder
-(README, "Defences"). "full": 75.7 of the first 100, and 0.9 in the worst case (docs/gpu.md).
+(docs/defences.md). "full": 75.7 of the first 100, and 0.9 in the worst case (docs/gpu.md).
 """
 
 import ml_collections

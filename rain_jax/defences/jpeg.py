@@ -4,8 +4,8 @@ What an attacker must know is which coefficients are about to be rounded the oth
 differentiate themselves by a quantiser with slopes ("sloped" of `image.quantise`). To pass straight
 through (BPDA, Athalye et al., arXiv:1802.00420) tells nothing of that, and is weak at small radii:
 30 steps at 2/255 left 28 of 100 images of a small network behind JPEG at quality 75, and 30 along
-the slopes of cubic rounding one (README, "At smaller radii"). Each brings as surrogates, with the
-true function forwards, but for "cubic":
+the slopes of cubic rounding one (docs/defences.md, "At smaller radii"). Each brings as surrogates,
+with the true function forwards, but for "cubic":
 
 - "identity": the gradient is the identity's, whatever becomes of chroma (BPDA);
 - "cubic": the quantiser has slopes forwards too (Shin & Song 2017);

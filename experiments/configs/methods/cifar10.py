@@ -19,7 +19,7 @@ Any defence goes in front of any method: `--config.defence.name=jpeg`.
 Results in per cent, clean and worst case, seed 0: natural 69.4, 0.0; pgd_at 46.6, 24.4; trades
 51.0, 24.0; sense 68.2, 1.4; afd 41.6, 11.0; fat 51.8, 24.6; n_fgsm 45.0, 24.4; fast 45.4, 24.6;
 free 49.6, 27.8; mart 39.4, 23.6; sense_trade 65.6, 6.2; grad_align 44.4, 24.0; awp 40.8, 24.2;
-trades_awp 49.2, 24.4; pgd_at_jpeg 49.0, 21.6 (README, "Training methods").
+trades_awp 49.2, 24.4; pgd_at_jpeg 49.0, 21.6 (docs/methods.md).
 """
 
 import ml_collections

@@ -16,7 +16,7 @@ of TRADES `--config.method.beta=3`.
 Results in per cent, clean and worst case, means of seeds 0, 1 and 2: pgd_at 97.2, 83.4; trades
 93.6, 10.4; sense 98.6, 84.5; afd 96.5, 3.7. Seed 0: natural 98.9, 0.0; fat 98.7, 87.8; free 98.9,
 81.9; n_fgsm 97.0, 69.3; sense_trade 98.5, 28.9; mart 91.4, 12.6; fast 97.7, 0.8; grad_align 86.3,
-0.0; awp 96.9, 81.0; trades_awp 93.8, 43.0 (README, "Training methods").
+0.0; awp 96.9, 81.0; trades_awp 93.8, 43.0 (docs/methods.md).
 """
 
 import ml_collections

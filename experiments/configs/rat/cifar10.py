@@ -8,7 +8,7 @@ Two rounds of two epochs and perturbations from 98 images, a budget for two CPU 
 the rows are.
 
 Results, seed 0: 74.6 % clean, 0.0 worst case; the first set took 24.2 % to their class and 6.2
-after retraining, the set made then 11.6 (README, "Training methods").
+after retraining, the set made then 11.6 (docs/methods.md).
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ Two rounds, where the paper (arXiv:2008.07838) is silent and one would do: pertu
 against the retrained network are the test, and training on those too is the better half of it.
 
 Results, seeds 0 to 2: the first set took 79 to 84 % to their class and 0.2 after retraining, the
-set made then 66 to 76; 0.0 % stand under PGD-20 (README, "Training methods").
+set made then 66 to 76; 0.0 % stand under PGD-20 (docs/methods.md).
 """
 
 import ml_collections
