@@ -59,9 +59,10 @@ def packed(
     """A program that attacks the valid images of any batches: `(variables, key, batches) -> found`.
 
     `batch_size` is how many images the model is shown at once, over all devices: with five restarts
-    a fifth as many are attacked at a time. There are three shapes at most. With `early` an image
-    leaves as soon as its score is positive: right at a fixed radius, wrong where the nearest
-    image or the worst mean over draws is wanted. Images get the keys that `evaluator` gives them.
+    a fifth as many are attacked at a time. Fewer images get a batch of about their number. With
+    `early` an image leaves as soon as its score is positive: right at a fixed radius, wrong where
+    the nearest image or the worst mean over draws is wanted. Images get the keys that `evaluator`
+    gives them.
     """
     run = as_iteration(attack)
 
@@ -88,11 +89,12 @@ def packed_lanes(
     numbers fails here as it does under `jax.jit`. How many steps an image gets its lane says; or
     `steps` does, of `Batch`es. One that appears in several lanes has the same keys in all of them.
     """
-    sizes: list[int] = []
+    platform = devices.mesh.devices.flat[0].platform
+    largest = 0  # places on a device
     programs: _Programs | None = None  # known with the first image's shape, kept for the others
 
     def drive(variables: Variables, key: Key, batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
-        nonlocal programs
+        nonlocal programs, largest
         waiting = seats.Queue(batches)
         if waiting.empty:
             return
@@ -100,9 +102,8 @@ def packed_lanes(
             given = attack_of, model_of
             programs = _compile(*given, devices, variables, key, waiting.example)
             width = _width(*given, variables, key, waiting.example)
-            sizes.extend(seats.sizes(max(1, batch_size // (devices.size * width))))
-        size = seats.fitting(sizes, waiting.at_most(sizes[0] * devices.size), devices.size)
-        room = min(size, sizes[min(1, len(sizes) - 1)])  # of a filling, on each device
+            largest = max(1, batch_size // (devices.size * width))
+        size = seats.beginning(waiting, largest, devices.size)
         held = waiting.blank(size * devices.size)
         age = np.zeros(size * devices.size, np.int32)
         limit = np.zeros(size * devices.size, np.int32)
@@ -111,8 +112,10 @@ def packed_lanes(
         most = 0  # steps of anybody so far
 
         while True:
-            # --- let others in
-            while not waiting.empty and np.sum(~np.asarray(held.valid)) >= room * devices.size:
+            # --- let others in: some at a time, but as many as there is room for
+            room, free = seats.refilling(size), int(np.sum(~np.asarray(held.valid)))
+            enough = free >= min(room * devices.size, waiting.at_most(size * devices.size))
+            while enough and not waiting.empty and not np.all(held.valid):
                 places, slots = seats.free(np.asarray(held.valid), size, room, devices.size)
                 fresh, taken = waiting.pull(places)
                 slots = np.where(fresh.valid, slots, size).astype(np.int32)  # out of range: dropped
@@ -125,14 +128,15 @@ def packed_lanes(
             if not held.valid.any():
                 return
             # --- move closer together
-            smaller = seats.fitting(sizes, seats.busiest(np.asarray(held.valid), size), 1)
-            if waiting.empty and smaller < size:
+            smaller = seats.fitting(seats.busiest(np.asarray(held.valid), size), size, 1)
+            left = int(np.max((limit - age)[held.valid]))
+            if waiting.empty and seats.worth_moving(size, smaller, left, platform):
                 order, kept = seats.closer(np.asarray(held.valid), size, smaller, devices.size)
                 states = programs.shrink(
                     devices.again(states), devices.split(rows_of_process(order))
                 )
                 held, size = jax.tree.map(lambda leaf: leaf[kept], held), smaller
-                age, limit, room = age[kept], limit[kept], min(room, size)
+                age, limit = age[kept], limit[kept]
             # --- go on, no further than the first who has had all steps
             length = min(_chunk(most), int(np.min((limit - age)[held.valid])))
             age += length

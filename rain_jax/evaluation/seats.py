@@ -11,21 +11,43 @@ import numpy as np
 from rain_jax.evaluation.verdicts import Lanes
 from rain_jax.types import Batch
 
-# Each batch shape is this much smaller than the one before, down to a last one.
-_SMALLER, _SHAPES = 4, 3
+# Counts are rounded up to so many shapes between a power of two and the next, so that nearly equal
+# ones share a program: at most an eighth of the places is empty for it.
+_SHAPES = 8
+# So many batches are looked ahead, so that the last one is not nearly empty.
+_AHEAD = 4
+# Moving into a smaller batch compiles a program, for about as long as so many steps of a batch
+# take: it pays where more than those would be spent on empty places. Whoever is down to a quarter
+# moves in any case, for other blocks and later runs.
+_COMPILING = {"cpu": 40}
+_COMPILING_ELSEWHERE = 400
+_QUARTER = 4
 
 
-def sizes(largest: int) -> list[int]:
-    """Batch shapes of one device, descending."""
-    found = [largest]
-    while len(found) < _SHAPES and found[-1] >= 2 * _SMALLER:
-        found.append(-(-found[-1] // _SMALLER))
-    return found
+def fitting(count: int, largest: int, devices: int) -> int:
+    """The batch shape of one device for `count` images on all, up to `largest`."""
+    each = max(1, -(-count // devices))
+    grain = max(1, 2 ** (each.bit_length() - 1) // _SHAPES)
+    return min(largest, -(-each // grain) * grain)
 
 
-def fitting(shapes: list[int], count: int, devices: int) -> int:
-    """The smallest shape of one device in which `count` images find room on all."""
-    return min((s for s in shapes if s * devices >= count), default=shapes[0])
+def beginning(waiting: "Queue", largest: int, devices: int) -> int:
+    """The batch shape to begin with: the images that wait, in as few batches, all alike."""
+    whole = largest * devices
+    count = waiting.at_most(_AHEAD * whole)
+    return fitting(-(-count // -(-count // whole)), largest, devices)
+
+
+def refilling(size: int) -> int:
+    """How many images take their places at once on a device."""
+    return -(-size // _QUARTER)
+
+
+def worth_moving(size: int, smaller: int, steps: int, platform: str) -> bool:
+    """Whether a batch of `smaller` pays when there are so many `steps` to go."""
+    price = _COMPILING.get(platform, _COMPILING_ELSEWHERE)
+    saved = (size - smaller) * steps / size
+    return smaller < size and (smaller * _QUARTER <= size or saved >= price)
 
 
 def busiest(live: np.ndarray, size: int) -> int:

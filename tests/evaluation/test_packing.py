@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rain_jax import attacks, evaluation
-from rain_jax.evaluation import Rules, packing
+from rain_jax.evaluation import Rules, packing, seats
 from rain_jax.norms import l2
 from rain_jax.parallel import choose_devices, place
 from rain_jax.types import Batch, Iteration, Threat
@@ -159,25 +159,67 @@ def test_nobody_takes_more_steps_than_there_are(steps):
     np.testing.assert_array_equal(queries, 2 * taken)
 
 
-def test_broken_images_make_room(monkeypatch):
-    """Two of three break at once: the work done is that of the third, and little more."""
-    work = []
+@pytest.fixture
+def work(monkeypatch):
+    """Places times steps of everything that runs."""
+    found = []
     compile_ = packing._compile
 
     def spying(*arguments):
         programs = compile_(*arguments)
 
         def advance(variables, states, length, last):
-            work.append(len(jax.tree.leaves(states)[0]) * int(length))
+            found.append(len(jax.tree.leaves(states)[0]) * int(length))
             return programs.advance(variables, states, length, last)
 
         return programs._replace(advance=advance)
 
     monkeypatch.setattr(packing, "_compile", spying)
+    return found
+
+
+def test_broken_images_make_room(work):
+    """Two of three break at once: the work done is that of the third, and little more."""
     attack = counting(100, lambda label: jnp.where(label < 2, 1, 10**6))
     drive(attack, batch_size=32, labels=THIRDS)
     hard = np.sum(THIRDS == 2) * 100
     assert sum(work) < 1.5 * hard < 0.6 * COUNT * 100
+
+
+@pytest.mark.parametrize("batch_size", [16, 33, 64, 200])
+@pytest.mark.parametrize("count", [3, 17, 33, 47, 65, 83])
+def test_images_that_all_stand_leave_hardly_a_place_empty(count, batch_size, work):
+    attack = counting(100, lambda label: jnp.int32(10**6))
+    drive(attack, batch_size=batch_size, devices=2, skip=range(count, COUNT))
+    # Rounded up by an eighth at most, to a place on each device, in every batch.
+    batches = -(-count // batch_size)
+    assert count * 100 <= sum(work) <= (count * 9 / 8 + 2 * batches) * 100
+
+
+def test_many_steps_to_go_are_worth_a_smaller_batch(work):
+    """A third breaks at once, and so few leave that only a long attack moves."""
+
+    def breaks(label):
+        return jnp.where(label == 0, 1, 10**6)
+
+    stand = np.sum(THIRDS != 0)
+    drive(counting(2000, breaks), batch_size=128, labels=THIRDS)
+    assert sum(work) < 1.2 * 2000 * stand
+    work.clear()
+    drive(counting(20, breaks), batch_size=128, labels=THIRDS)
+    assert sum(work) >= 20 * COUNT
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_shapes_are_few_and_fit(devices):
+    shapes = set()
+    for count in range(1, 1200):
+        size = seats.fitting(count, 100, devices)
+        shapes.add(size)
+        assert size == 100 or size * devices >= count
+        assert size <= max(1.125 * count / devices + 1, 1)
+    assert len([s for s in shapes if 32 <= s < 64]) == 8
+    assert max(shapes) == 100
 
 
 def test_nothing_recompiles_for_other_variables_images_or_numbers():
@@ -189,7 +231,7 @@ def test_nothing_recompiles_for_other_variables_images_or_numbers():
         return logits_fn_of(variables)
 
     run = evaluation.packed(attacks.pgd(THREAT, steps=12), spied, on, batch_size=32)
-    patterns = [(), range(40), range(0, COUNT, 2), range(5), range(1, COUNT)]
+    patterns = [(), range(41), range(0, COUNT, 2), range(5), range(1, COUNT)]
 
     def all_of_them(variables, key):
         for skip in patterns:
@@ -197,8 +239,8 @@ def test_nothing_recompiles_for_other_variables_images_or_numbers():
                 pass
 
     all_of_them(WEIGHTS, ROOT)
-    # Three shapes to step, at most as many to fill, and one look at the state.
-    assert len(traces) <= 3 + 3 + 1
+    # Each of a few shapes to fill and to step: most of the five patterns share them.
+    assert len(traces) <= 10
     before = len(traces)
     all_of_them(2 * WEIGHTS, jax.random.key(9))
     assert len(traces) == before
