@@ -20,7 +20,7 @@ from rain_jax.methods.awp import awp
 from rain_jax.methods.free import free
 from rain_jax.methods.members import side_by_side
 from rain_jax.methods.rat import carrying
-from rain_jax.parallel import check_batch_size, choose_devices
+from rain_jax.parallel import check_batch_size, choose_devices, with_statistics
 from rain_jax.types import Attack, Method, Network, Objective, Threat
 
 
@@ -125,6 +125,7 @@ def experiment(whole: Any) -> Experiment:
         return side_by_side(objectives) if assembly.together else objectives[0]
 
     def one_objective(network: Network, steps_per_epoch: int) -> Objective:
+        network = with_statistics(parts["parallel"].statistics, network)
         method = dict(spec["method"])
         given: dict[str, Any] = {
             "network": network, "threat": the_threat, "steps_per_epoch": steps_per_epoch

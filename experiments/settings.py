@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from rain_jax import data
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
-from rain_jax.parallel import Devices, Mapping, Sums, choose_devices, place
+from rain_jax.parallel import Devices, Mapping, Statistics, Sums, choose_devices, place
 from rain_jax.types import Image, Key
 
 
@@ -257,14 +257,18 @@ class Parallel:
     """How many devices (all by default) and by which mapping a step runs on them.
 
     `sums` is what gradients are sent as from one to the other: bfloat16 is half the bytes, and
-    rounds each device's share of a gradient to 8 bits of precision. `overlap` asks XLA on several
-    GPUs or TPUs to send gradients in parts, while the backward pass goes on (docs/scaling.md); what
-    it gains has not been measured.
+    rounds each device's share of a gradient to 8 bits of precision. `statistics` is whose images
+    batch normalisation goes by in training: those of "all" devices, the same for any number of
+    them, or of each "device", which spares most of what devices say to each other (docs/scaling.md)
+    and is what data-parallel training in PyTorch does unless told otherwise. `overlap` asks XLA on
+    several GPUs or TPUs to send gradients in parts, while the backward pass goes on; what it gains
+    has not been measured.
     """
 
     mapping: Mapping = "shard_map"
     devices: int | None = None
     sums: Sums = "float32"
+    statistics: Statistics = "all"
     overlap: bool = False
 
     def placed(self, *, training: bool = False) -> Devices:

@@ -18,11 +18,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rain_jax.checks import UsageError, one_of
-from rain_jax.types import Array, AxisName, Key, PyTree
+from rain_jax.types import Array, AxisName, Key, ModelState, Network, PyTree, Variables
 
 AXIS = "device"
 Mapping = Literal["shard_map", "pmap"]
 Sums = Literal["float32", "bfloat16"]
+Statistics = Literal["all", "device"]
 
 
 def image_keys(key: Key, index: Array) -> Key:
@@ -65,6 +66,45 @@ def psum_as(dtype: Sums, tree: PyTree, axis_name: AxisName) -> PyTree:
     rounded = jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, 8, 7), tree)
     sums = psum(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), rounded), axis_name)
     return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, tree)
+
+
+def with_statistics(of: Statistics, network: Network) -> Network:
+    """The network, normalising in training by the images of "all" devices or of each "device".
+
+    With "all" it is the network itself: what it computes does not depend on how many devices share
+    the batch, for which each layer's statistics cross them, forwards and backwards, in every pass.
+    With "device" nothing crosses them but the running averages, once in a pass, so that they are
+    the same everywhere: the mean of what each device would have made of them.
+    """
+    one_of("statistics", of, get_args(Statistics))
+    if of == "all":
+        return network
+
+    def apply(
+        variables: Variables,
+        images: Array,
+        train: bool = False,
+        axis_name: AxisName = None,
+        keys: Array | None = None,
+    ) -> tuple[Array, ModelState]:
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+        within_device = tuple(name for name in names if name != AXIS) or None
+        logits, state = network.apply(variables, images, train, within_device, keys)
+        if AXIS in names:
+            state = _mean_of_moved(variables, state)
+        return logits, state
+
+    return network._replace(apply=apply)
+
+
+def _mean_of_moved(before: Variables, after: ModelState) -> ModelState:
+    """The mean over devices of what is another array than before: frozen weights stay at home."""
+    were = {id(leaf) for leaf in jax.tree.leaves(before)}
+    leaves, structure = jax.tree.flatten(after)
+    moved = [place for place, leaf in enumerate(leaves) if id(leaf) not in were]
+    for place, mean in zip(moved, jax.lax.pmean([leaves[m] for m in moved], AXIS), strict=True):
+        leaves[place] = mean
+    return jax.tree.unflatten(structure, leaves)
 
 
 class Devices(NamedTuple):

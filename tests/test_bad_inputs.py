@@ -139,6 +139,7 @@ CASES = [
     wrong("schedule", "--config.schedule.name=cosin", says=["'cosin'", "did you mean 'cosine'"]),
     wrong("data", "--config.data.name=digts", says=["config.data.name='digts'", "'digits'"]),
     wrong("mapping", "--config.parallel.mapping=pmp", says=["mapping='pmp'", "'pmap'"]),
+    wrong("statistics", "--config.parallel.statistics=devce", says=["'devce'", "'device'"]),
     wrong("batch norm", "--config.method.batch_norm=tran", says=["'tran'", "'train'"]),
     wrong("activation", "--config.network.activation=rlu", says=["'rlu'", "'relu'"]),
     wrong("dtype", "--config.network.dtype=bfloat61", says=["'bfloat61'", "'bfloat16'"]),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from rain_jax.parallel import (
     place,
     psum,
     psum_as,
+    with_statistics,
 )
+from rain_jax.types import Network
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPINGS = pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
@@ -127,6 +130,32 @@ def test_options_that_overlap_are_known_to_xla_and_given_to_several_devices(key,
         stepped(count, unknown, overlap=overlap)  # nothing is asked of XLA
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_nobody"):
         stepped(4, unknown, overlap=True)
+
+
+def test_of_a_network_that_keeps_its_own_statistics_only_what_moved_is_sent(key):
+    """Frozen weights are part of a defended network's state, and large."""
+
+    def apply(variables, images, train=False, axis_name=None, keys=None):
+        seen = images.mean() if axis_name is None else jax.lax.pmean(images.mean(), axis_name)
+        state = {"frozen": variables["frozen"], "mean": variables["mean"] + seen}
+        return images * variables["frozen"].sum() - seen, state
+
+    network = with_statistics("device", Network(lambda key, images: {}, apply, 2))
+    devices = place("shard_map", choose_devices(4))
+    program = devices.map(
+        lambda variables, images, axis_name: network.apply(variables, images, True, axis_name),
+        inputs=(False, True), outputs=(True, False),
+    )  # fmt: skip
+    variables, images = {"frozen": jnp.ones(1000), "mean": jnp.zeros(())}, jnp.arange(8.0)
+    logits, state = program(variables, images)
+    shares = images.reshape(4, 2)
+    expected = 1000 * shares - shares.mean(1, keepdims=True)
+    np.testing.assert_allclose(np.reshape(logits, (4, 2)), expected, rtol=1e-6)
+    assert float(state["mean"]) == pytest.approx(3.5)
+    text = program.lower(variables, images).as_text()
+    sent = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, re.DOTALL)
+    assert sent == ["tensor<f32>"]
+    assert with_statistics("all", network) is network
 
 
 def test_refusals():

@@ -244,6 +244,22 @@ def test_a_step_sends_its_gradients_once_and_statistics_where_they_are_asked_for
         assert sent["statistics in attacks"].bytes == 2 * 2 * held["model_state"]
 
 
+@pytest.mark.parametrize(("mode", "visits"), [("eval", 0), ("batch", 0), ("train", 2)])
+def test_statistics_of_each_device_send_running_averages_alone(mode, visits, tmp_path):
+    experiment = experiment_of(
+        tmp_path, ("method.batch_norm", mode), ("parallel.statistics", "device")
+    )
+    counts = programs.training_step(experiment, choose_devices(2))
+    assert {one.kind for one in counts.collectives} == {"all-reduce"}
+    held, sent = scaling.held(experiment), roofline.sent(counts.collectives)
+    assert sent["gradients"].bytes == held["params"]
+    assert sent["statistics"].bytes == held["model_state"]
+    assert "statistics' cotangents" not in sent
+    # The averages that the two steps of the attack leave.
+    kept = sent["statistics in attacks"].bytes if visits else 0
+    assert kept == visits * held["model_state"]
+
+
 def test_images_that_are_streamed_change_no_sum(tmp_path):
     found = [
         roofline.sent(programs.training_step(experiment, choose_devices(2)).collectives)

@@ -12,7 +12,7 @@ import pytest
 from rain_jax import attacks, methods, models, optimisers, schedules, training
 from rain_jax.checks import UsageError
 from rain_jax.norms import linf
-from rain_jax.parallel import choose_devices, place
+from rain_jax.parallel import choose_devices, place, with_statistics
 from rain_jax.types import Batch, Threat
 
 NETWORK = models.cnn(4, widths=(4, 8), hidden=16, batch_norm=True)
@@ -90,6 +90,41 @@ def test_what_is_sent_in_bfloat16_are_the_gradients_alone():
     assert sorted(rounded) == sorted(f"tensor<{shape}>" for shape in shapes)
     metrics = [kind for types in sent for kind in types.split(", ") if kind == "tensor<f32>"]
     assert len(metrics) >= 3  # loss, images, correct
+
+
+@pytest.mark.parametrize("mode", ["eval", "batch", "train"])
+@pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
+def test_a_step_by_statistics_of_each_device_is_the_mean_of_steps_apart(mapping, mode):
+    optimiser, count, key = optimisers.sgd(0.05), 4, jax.random.key(5)
+    objective = methods.adversarial(NETWORK, ATTACK, batch_norm=mode)
+    own = methods.adversarial(with_statistics("device", NETWORK), ATTACK, batch_norm=mode)
+    method = training.minimise(own, optimiser)
+    devices = place(mapping, choose_devices(count))
+    program = devices.map(
+        lambda state, batch, axis_name: method.step(key, state, batch, axis_name),
+        inputs=(False, True), outputs=(False, False),
+    )  # fmt: skip
+    (batch,), state = batches(1), fresh(method)
+    after, metrics = program(devices.replicate(state), devices.split(batch))
+
+    @jax.jit
+    def apart(share):
+        told = jax.value_and_grad(objective, has_aux=True)
+        key_of_step = jax.random.fold_in(key, state.step)
+        return told(state.params, state.model_state, key_of_step, share, None, state.step)
+
+    shares = [jax.tree.map(lambda x, d=d: np.split(x, count)[d], batch) for d in range(count)]
+    told = [apart(share) for share in shares]
+    gradient = jax.tree.map(lambda *each: sum(each) / 16, *(g for _, g in told))
+    change, _ = optimiser.update(gradient, state.optimiser, state.params)
+    chex.assert_trees_all_close(after.params, optax.apply_updates(state.params, change), atol=1e-6)
+    averages = jax.tree.map(lambda *each: sum(each) / count, *(s for (_, (s, _)), _ in told))
+    chex.assert_trees_all_close(after.model_state, averages, atol=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(sum(float(loss) for (loss, _), _ in told))
+    # And it is another step than that by everybody's statistics.
+    together = training.minimise(objective, optimiser).step(key, state, batch)[0]
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), together.params, after.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
 
 
 @pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
