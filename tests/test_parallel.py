@@ -1,11 +1,13 @@
 """Programs over devices: both mappings, the same sums, and refusals."""
 
 import contextlib
+import http.server
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -209,30 +211,92 @@ print(jax.process_index(), jax.process_count(), devices.size, float(total(device
 """
 
 
-def test_a_job_of_slurm_is_found_by_its_variables(tmp_path):
+def said_by(*environments, before=""):
+    """What processes print that find each other by their environments."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_CO", "JAX_NUM", "SLURM"))}
+    everybody = {
+        "RAIN_JAX_DISTRIBUTED": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", before + JOINED], stdout=subprocess.PIPE, text=True,
+            env={**kept, **everybody, **own},
+        )
+        for own in environments
+    ]  # fmt: skip
+    try:
+        return [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_job_of_slurm_is_found_by_its_variables():
     """Who and how many, and by the job's number at which port: see docs/jobs/slurm_train.sh."""
     ports = 2**12  # the last so many
     for number in range(4321, 4321 + ports):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", number % ports + 2**16 - ports))
             break
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_CO", "JAX_NUM", "SLURM"))}
     job = {
         "SLURM_JOB_ID": str(number), "SLURM_STEP_NODELIST": "localhost,elsewhere",
-        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1", "RAIN_JAX_DISTRIBUTED": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1",
     }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOINED], stdout=subprocess.PIPE, text=True,
-            env={**kept, **job, "SLURM_PROCID": place, "SLURM_LOCALID": place},
-        )
-        for place in "01"
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    said = said_by(*({**job, "SLURM_PROCID": place, "SLURM_LOCALID": place} for place in "01"))
+    assert said == ["0 2 4 6.0", "1 2 4 6.0"]
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a TPU's host is told about its slice when it asks Google's cloud."""
+
+    def do_GET(self):
+        name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+        answer = self.server.answers.get(name)
+        self.send_response(404 if answer is None else 200)
+        self.end_headers()
+        self.wfile.write((answer or "").encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@contextlib.contextmanager
+def metadata_of(worker):
+    """The address of a server that takes its caller for one of a slice's two hosts."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        server.answers = {
+            "agent-worker-number": str(worker),
+            "worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:192.0.2.1",
+            "tpu-env": "ACCELERATOR_TYPE: 'v5p-16'\nTYPE: 'V5P'\n",
+        }
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("told", ["by Google's metadata", "by its variables"])
+def test_the_hosts_of_a_tpu_slice_are_found(told):
+    """As on the hosts of docs/jobs/tpu_pod.sh, and in the pods of a Kubernetes cluster.
+
+    JAX's detection of TPUs is made to believe that there are some; the devices are CPUs.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 8482))  # JAX's own choice for TPUs
+        except OSError:
+            pytest.skip("port 8482 is taken")
+    with metadata_of(0) as first, metadata_of(1) as second:
+        if told == "by its variables":
+            hosts = {"TPU_WORKER_HOSTNAMES": "localhost,192.0.2.1"}
+            each = [{**hosts, "TPU_WORKER_ID": "0"}, {**hosts, "TPU_WORKER_ID": "1"}]
+        else:
+            each = [{"GCE_METADATA_IP": first}, {"GCE_METADATA_IP": second}]
+        # Where it sees no chips, JAX also turns the question to the metadata off.
+        asking = "" if "TPU_WORKER_ID" in each[0] else "del os.environ['TPU_SKIP_MDS_QUERY']\n"
+        said = said_by(
+            *({"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": ip, **own}
+              for ip, own in zip((first, second), each, strict=True)),
+            before=f"import os, jax\n{asking}",
+        )  # fmt: skip
     assert said == ["0 2 4 6.0", "1 2 4 6.0"]
