@@ -87,7 +87,10 @@ def kernel_gradient(images: Array, kernel: Array, cotangent: Array, window: Wind
     """What a cotangent [B, H', W', K] sends back to the kernel; None where there is no detour."""
     if not _known(images, kernel, window):
         return None
-    if min(kernel.shape[2:]) < 64 or math.prod(images.shape[1:3]) > 16 * 16:
+    # Of large maps `lax` is as fast, until there are so many that it runs out of cache.
+    area, batch = math.prod(images.shape[1:3]), images.shape[0]
+    large = area > 16 * 16 and not (isinstance(batch, int) and batch * area >= 2**16)
+    if min(kernel.shape[2:]) < 64 or large:
         return None
     if not _fewer_products_are_faster(images.shape, kernel.shape, window):
         return None
@@ -119,8 +122,8 @@ def _fewer_products_are_faster(
     """
     *size, channels, features = kernel
     usual = size == [3, 3] and _moves_by_pixels(window)
-    many = min(channels, features) >= 32 and channels + features >= 96
     area, batch = math.prod(images[1:3]), images[0] if isinstance(images[0], int) else 1
+    many = min(channels, features) >= 32 and (channels + features >= 96 or area >= 16 * 16)
     return usual and many and area >= 4 * 4 and (batch == 1 or batch * area // 4 >= 64)
 
 

@@ -6,14 +6,21 @@ matrix product over the channels, and sums of the products are the 2x2 pixels th
 16 multiplications in the place of 36. What it gains over a direct convolution depends on how many
 channels there are to pay for the sums. All of it is slices, sums and matrix products, which XLA:CPU
 runs in a loop as it does anywhere, and whose gradients are such again.
+
+The sums take four times the memory of images and maps. A batch for which they would leave the cache
+goes some images at a time: of 32 images or more, that decides whether there is any gain.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 
 from rain_jax.types import Array
 
@@ -27,6 +34,11 @@ _OF_PRODUCTS: _Numbers = ((1, 1, 1, 0), (0, 1, -1, -1))
 Padding = tuple[tuple[int, int], ...]
 
 
+# Bytes of sums, of images and of products, that a batch may have to be taken at once, and else
+# those of its parts; but no less than the kernel's, which every part reads anew. Found by timing.
+_AT_ONCE, _OF_A_PART = 16 * 2**20, 2 * 2**20
+
+
 # Both are programs of their own for each shape, so that a network's many equal convolutions are
 # traced and lowered once. The compiler has them inlined again.
 @functools.partial(jax.jit, static_argnames=("padding", "turned"))
@@ -36,8 +48,61 @@ def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = F
     `padding` is pairs (low, high), of rows and of columns of zeros, none of them negative. A kernel
     that is `turned` is [3, 3, K, C], as the way back to images has it, and stays as it lies.
     """
+    return _convolve(images, kernel, padding, turned)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve(images: Array, kernel: Array, padding: Padding, turned: bool) -> Array:
+    """In parts, of whose number the images decide that a `vmap` adds, too."""
+
+    @custom_vmap
+    def over_batch(images: Array, kernel: Array) -> Array:
+        taps, features = _taps(kernel), kernel.shape[2 if turned else 3]
+        parts = _parts(images, features, padding)
+        if parts == 1:
+            return _maps(images, taps, padding, turned)
+
+        def step(maps: Array, some: list[Array], start: Array, seen: Array) -> Array:
+            found = _maps(some[0], taps, padding, turned)
+            return lax.dynamic_update_slice_in_dim(maps, found, start, 0)
+
+        shape = images.shape[0], *_sizes(images, padding), features
+        return _in_parts(step, jnp.zeros(shape, images.dtype), [images], parts)
+
+    @over_batch.def_vmap
+    def _(size: int, batched: Sequence[bool], images: Array, kernel: Array) -> tuple[Array, bool]:
+        of_images, of_kernel = batched
+        if of_kernel or not of_images:  # members, each with a kernel of its own
+            axes = (0 if of_images else None, 0 if of_kernel else None)
+            each = jax.vmap(lambda x, k: _maps(x, _taps(k), padding, turned), axes)
+            return each(images, kernel), True
+        maps = over_batch(images.reshape(-1, *images.shape[2:]), kernel)
+        return maps.reshape(size, -1, *maps.shape[1:]), True
+
+    return over_batch(images, kernel)
+
+
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _(
+    padding: Padding, turned: bool, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    """Whoever differentiates gets what is linear in each, all images at once."""
+    (images, kernel), (images_moved, kernel_moved) = primals, tangents
+    moved = [
+        _maps(x, _taps(k), padding, turned)
+        for x, k in ((images_moved, kernel), (images, kernel_moved))
+        if not isinstance(x, SymbolicZero) and not isinstance(k, SymbolicZero)
+    ]
+    return _convolve(images, kernel, padding, turned), sum(moved[1:], start=moved[0])
+
+
+def _taps(kernel: Array) -> list[list[Array]]:
+    return _combined(_OF_TAPS, [list(row) for row in kernel])
+
+
+def _maps(images: Array, taps: list[list[Array]], padding: Padding, turned: bool) -> Array:
+    """The convolution, all images at once, by the sums of its kernel."""
     height, width = _sizes(images, padding)
-    taps = _combined(_OF_TAPS, [list(row) for row in kernel])
     contract = (((3,), (int(turned),)), ((), ()))
     products = _each(
         lambda tile, tap: lax.dot_general(tile, tap, contract),
@@ -53,6 +118,26 @@ def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = F
 @functools.partial(jax.jit, static_argnames="padding")
 def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
     """What `convolve` sends back to its kernel: [3, 3, C, K] of a cotangent [B, H', W', K]."""
+    channels, features = images.shape[3], cotangent.shape[3]
+    parts = _parts(images, features, padding)
+    if parts == 1:
+        products = _products(images, cotangent, padding)
+    else:
+
+        def step(total: Array, some: list[Array], start: Array, seen: Array) -> Array:
+            images, cotangent = some
+            fresh = jnp.arange(images.shape[0]) >= seen
+            cotangent = jnp.where(fresh[:, None, None, None], cotangent, 0)
+            return total + _products(images, cotangent, padding)
+
+        nothing = jnp.zeros((_TILE, _TILE, channels, features), cotangent.dtype)
+        products = _in_parts(step, nothing, [images, cotangent], parts)
+    rows = _combined(_turned(_OF_TAPS), [list(row) for row in products])
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _products(images: Array, cotangent: Array, padding: Padding) -> Array:
+    """[4, 4, C, K]: sums over all tiles of what each of their sums says to each of the maps'."""
     evened = [(0, 0, 0), *((0, size % 2, 0) for size in cotangent.shape[1:3]), (0, 0, 0)]
     even = lax.pad(cotangent, jnp.zeros((), cotangent.dtype), evened)
     pixels = [[even[:, row::2, column::2] for column in (0, 1)] for row in (0, 1)]
@@ -62,7 +147,53 @@ def kernel_gradient(images: Array, cotangent: Array, padding: Padding) -> Array:
         _tiles(images, padding),
         _combined(_turned(_OF_PRODUCTS), pixels),
     )
-    return jnp.stack([jnp.stack(row) for row in _combined(_turned(_OF_TAPS), products)])
+    return jnp.stack([jnp.stack(row) for row in products])
+
+
+def _parts(images: Array, features: int, padding: Padding) -> int:
+    """In how many parts to take these images."""
+    batch, channels, itemsize = images.shape[0], images.shape[3], images.dtype.itemsize
+    if not isinstance(batch, int):  # a symbol, in an exported program
+        return 1
+    tiles = math.prod(-(-size // 2) for size in _sizes(images, padding))
+    sums = batch * _TILE**2 * tiles * (channels + features) * itemsize
+    part = max(_OF_A_PART, 2 * _of_kernel(channels, features) * itemsize)
+    return 1 if sums <= max(_AT_ONCE, 2 * part) else min(batch, -(-sums // part))
+
+
+def _of_kernel(channels: int, features: int) -> int:
+    """How many numbers a kernel's sums are."""
+    return _TILE**2 * channels * features
+
+
+def _in_parts(
+    step: Callable[[Array, list[Array], Array, Array], Array],
+    total: Array,
+    arrays: list[Array],
+    parts: int,
+) -> Array:
+    """`total` after a step for each of so many parts of the rows of `arrays` [B, ..].
+
+    `step(total, rows, start, seen)` gets as many rows each time, from `start` on; the last part
+    begins in the one before, of which it has `seen` the first rows.
+    """
+    batch = arrays[0].shape[0]
+    size = -(-batch // parts)
+
+    def start_of(number: Array | int) -> Array:
+        return jnp.minimum(number * size, batch - size)
+
+    def rows(number: Array | int) -> list[Array]:
+        return [lax.dynamic_slice_in_dim(array, start_of(number), size) for array in arrays]
+
+    def body(number: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+        # Carried into the next turn rows lie in one piece. Taken in their own, they would be looked
+        # up by every sum that reads them, which for images without padding is slow.
+        total, some = carry
+        start = start_of(number)
+        return step(total, some, start, number * size - start), rows(number + 1)
+
+    return lax.fori_loop(0, -(-batch // size), body, (total, rows(0)))[0]
 
 
 def _sizes(images: Array, padding: Padding) -> list[int]:

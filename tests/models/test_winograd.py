@@ -49,6 +49,42 @@ def test_values_and_gradients_are_those_of_a_convolution(size: Any, padding: Any
     assert_close(by_hand, pull(cotangent)[1])
 
 
+@pytest.mark.parametrize("batch", [1, 10, 11, 15])
+@pytest.mark.parametrize(("size", "padding"), [((8, 8), ONE), ((7, 10), NONE)])
+def test_many_images_go_in_parts(
+    size: Any, padding: Any, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five images at most, and two parts at once: of 11, the last begins in the one before."""
+    rows, columns = (-(-(n + sum(pad) - 2) // 2) for n, pad in zip(size, padding, strict=True))
+    each = 16 * rows * columns * (6 + 11) * 4
+    monkeypatch.setattr(winograd, "_AT_ONCE", 0)
+    monkeypatch.setattr(winograd, "_OF_A_PART", 5 * each)
+    monkeypatch.setattr(winograd, "_of_kernel", lambda channels, features: 0)
+    images, kernel = operands(size, 6, 11, batch)
+    parts = {1: 1, 10: 1, 11: 3, 15: 3}[batch]
+    assert winograd._parts(images, 11, padding) == parts
+    jax.clear_caches()  # programs of these shapes that go at once
+
+    def ours(x: Any, k: Any) -> Any:
+        return winograd.convolve(x, k, padding)
+
+    expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
+    assert_close(ours(images, kernel), expected)
+    cotangent = jnp.cos(jnp.arange(expected.size, dtype=jnp.float32)).reshape(expected.shape)
+    assert_close(winograd.kernel_gradient(images, cotangent, padding), pull(cotangent)[1])
+    # One by one under a `vmap`, or two: the parts are those of all.
+    one_by_one = jax.vmap(lambda image, k: ours(image[None], k)[0], (0, None))
+    assert_close(one_by_one(images, kernel), expected)
+    for convolved in (ours, one_by_one):
+        loops = str(jax.make_jaxpr(convolved)(images, kernel)).count("scan[")
+        assert loops == (parts > 1)
+    members = jnp.stack([kernel, 2 * kernel])
+    assert_close(jax.vmap(ours, (None, 0))(images, members), jnp.stack([expected, 2 * expected]))
+    both = jax.vmap(ours)(jnp.stack([images, images]), members)
+    assert_close(both, jnp.stack([expected, 2 * expected]))
+    jax.clear_caches()
+
+
 def test_what_float64_says_is_as_near_as_to_a_direct_convolution() -> None:
     """Sums of tiles before the products cost precision, but a bit of it."""
     images, kernel = operands((16, 16), 64, 64)
@@ -91,7 +127,9 @@ def multiplications(function: Any, *arguments: Any) -> int:
         ((8, 8), 64, 64, 4, True, True),
         ((8, 8), 32, 64, 4, True, False),  # forwards alone
         ((32, 32), 64, 64, 2, True, False),  # the kernel's gradient would take too many pixels
-        ((8, 8), 32, 32, 4, False, False),  # too few channels
+        ((8, 8), 32, 32, 4, False, False),  # too few channels for as few pixels
+        ((16, 16), 32, 32, 1, True, False),
+        ((16, 16), 16, 80, 1, False, False),
         ((4, 4), 64, 64, 4, False, False),  # too few tiles
         ((4, 4), 64, 64, 1, True, True),  # of one of many images
         ((3, 3), 64, 64, 1, False, False),
