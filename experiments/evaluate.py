@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, proof, record, report, sanity, workdir
+from experiments import build, cache, proof, record, report, sanity, steps, workdir
 from experiments.cli import run
 from experiments.defended import RUN
 from experiments.journal import Journal
@@ -25,6 +25,7 @@ from experiments.loading import check_finite, load
 from experiments.logs import Progress
 from experiments.measure import SHOWN, Column, Measured, evaluation_key, measure
 from rain_jax import evaluation, norms
+from rain_jax.checkpoints import Checkpoints
 from rain_jax.parallel import initialise
 from rain_jax.types import PyTree
 
@@ -91,7 +92,7 @@ def evaluate(
         if not proven.valid:
             counts.pop("worst case", None)
     failed = [check for check in checks if not check.passed]
-    notes += tuple(f"FLAG: not so: {check.name} ({check.told})" for check in failed)
+    notes += tuple(f"FLAG, a check that failed: {check.name} ({check.told})" for check in failed)
     return report.Row(name, counts, notes, bool(failed)), sample
 
 
@@ -152,7 +153,9 @@ def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     pairs = []
     for name, experiment, folder in runs:
         variables, step = load(experiment, folder)
-        pairs.append(evaluate(experiment, variables, folder, name, step, finish=False))
+        row, sample = evaluate(experiment, variables, folder, name, step, finish=False)
+        notes = row.notes + _unfinished(experiment, folder, step)
+        pairs.append((row._replace(notes=notes), sample))
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
@@ -172,6 +175,16 @@ def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     # Only now: killed in the middle of the second run, the first is not measured again.
     for _, _, place_ in runs:
         Journal(place_).finish()
+
+
+def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[str, ...]:
+    """A line about a training that was stopped; none has begun where weights were adopted."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        latest = checkpoints.latest() or 0
+    total = steps.plan_of(experiment).total
+    if not 0 < latest < total:
+        return ()
+    return (f"training stopped at step {latest:,} of {total:,}; what is judged is step {step:,}",)
 
 
 def main(config: ml_collections.ConfigDict, folder: Path) -> None:

@@ -28,8 +28,9 @@ OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", "gray"), ("square", "rays"), ("noi
 ELSEWHERE = "elsewhere"
 # Of a ladder's settings those that a rung turns on; the others choose among rungs.
 BUDGET = ("steps", "draws", "restarts", "queries", "answers")
-# A radius at which every image can be made any other, or as many times the threat's in L2 and L1.
-FAR, FAR_TIMES = 64 / 255, 8.0
+# So many times the threat's radius nothing should stand. In L-inf no less than the first, at which
+# photographs can be made what one likes, and no more than the second: all pixels can be grey there.
+FAR_TIMES, FAR, GREY = 8.0, 64 / 255, 0.5
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def rungs(
         found["square"] = Look(attacks.square(threat, queries=ladder.queries, answers=answers))
     if threat.norm is norms.linf:
         found["rays"] = Look(attacks.rays(threat, queries=ladder.queries))
-    far = FAR if threat.norm is norms.linf else FAR_TIMES * threat.radius
+    far = FAR_TIMES * threat.radius
+    if threat.norm is norms.linf:
+        far = min(GREY, max(FAR, far))
     distant = threat._replace(radius=far)
     found["far"] = Look(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
     for name in ladder.without:

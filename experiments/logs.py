@@ -164,7 +164,9 @@ class Progress:
         rate = (count - before) / max(self._marks[-1][0] - then, 1e-9) if count > before else 0.0
         parts = [f"{rate:.3g} {self._unit}/s" if rate < 100 else f"{rate:,.0f} {self._unit}/s"]
         parts.append(_duration(now - self._began))
-        if self._total is not None and rate > 0 and self._count < self._total:
+        # The first stretch compiles, and says nothing of those after it.
+        known = rate > 0 and len(self._marks) > 2
+        if self._total is not None and known and self._count < self._total:
             left = (self._total - self._count) / rate - (now - self._marks[-1][0])
             parts.append(f"{_duration(max(left, 0.0))} to go")
         parts += [f"{name} {_number(value)}" for name, value in self._latest.items()]

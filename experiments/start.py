@@ -86,6 +86,8 @@ def _weights(
 def _arrays(where: str, path: Path) -> Mapping[str, Any]:
     """The state dictionary in a file, of NumPy arrays or of PyTorch's tensors."""
     try:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
@@ -97,8 +99,14 @@ def _arrays(where: str, path: Path) -> Mapping[str, Any]:
             f"{where}={str(path)!r}: expected PyTorch to be installed, which reads such files: "
             "pip install 'rain_jax[torch]'"
         ) from None
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    except pickle.UnpicklingError:
+        # PyTorch's own words are about loading it all the same.
+        raise UsageError(
+            f"{where}={str(path)!r}: expected a file of arrays, a state dictionary and not a whole "
+            "module, which Python would have to run to read it"
+        ) from None
+    except Exception as error:  # a damaged file makes the reader stumble anywhere
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"{where}={str(path)!r}: expected a file of arrays ({reason})") from None
     for name in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):

@@ -232,7 +232,7 @@ def main(asked: Asked, folder: Path) -> None:
         return
     write_json(folder / "sweep.json", record)
     told.figure(folder / "sweep.png", record)
-    lines = [f"FLAG: not so: {c['name']} ({c['told']})" for c in record["checks"]
+    lines = [f"FLAG, a check that failed: {c['name']} ({c['told']})" for c in record["checks"]
              if not c["passed"]]  # fmt: skip
     print(
         f"\nPer cent right of {record['images']:,} test images, 95 % intervals\n\n"

@@ -83,6 +83,14 @@ def test_a_random_defence_is_attacked_in_expectation_and_through_every_surrogate
     assert looks["far"].threat.radius == pytest.approx(64 / 255)
 
 
+@pytest.mark.parametrize(
+    ("radius", "far"), [(4 / 255, 64 / 255), (8 / 255, 64 / 255), (0.05, 0.4), (0.3, 0.5)]
+)
+def test_far_away_is_far_of_any_threat(radius, far, tmp_path):
+    looks = experiment_of(tmp_path, threat=dict(norm="linf", radius=radius)).looks
+    assert looks["far"].threat.radius == pytest.approx(far)
+
+
 def test_an_official_attack_at_the_threats_own_radius_counts(tmp_path):
     threat = dict(norm="linf", radius=8 / 255)
     looks = experiment_of(tmp_path, defence=RAIN, threat=threat).looks

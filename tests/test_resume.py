@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,11 @@ def again(stopped, tmp_path):
     """A copy of the stopped run, to go on from."""
     shutil.copytree(stopped[0] / "run", tmp_path / "run")
     return tmp_path
+
+
+def test_an_evaluation_of_a_run_that_stopped_says_so(again):
+    said = commands.command("evaluate", f"--workdir={again / 'run'}", folder=again)
+    assert re.search(rf"training stopped at step \d+ of {TOTAL}; what is judged is step \d+", said)
 
 
 def assert_ends_as(run, expected):

@@ -280,7 +280,9 @@ def test_a_quantised_model_is_flagged_wherever_its_number_stands(experiment_of, 
     table = report.results_table([row])
     assert f"{report.percent(row.columns['pgd'])} !" in table
     assert all("!" not in line for line in table.splitlines() if line.startswith("clean"))
-    assert "model: FLAG: not so: images have gradients (80 of 80 images without)" in table
+    assert (
+        "model: FLAG, a check that failed: images have gradients (80 of 80 images without)" in table
+    )
 
 
 def test_gradients_that_are_not_there_or_not_numbers_are_flagged(experiment_of):
