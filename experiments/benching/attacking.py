@@ -13,7 +13,6 @@ from experiments.benching.clock import Row, Side
 from experiments.benching.counted import gflop_of
 from experiments.benching.images import cores, pictures
 from experiments.benching.training import Workload, known, twin
-from experiments.comparing.sides import cascade
 from experiments.defended import logits_fn_of
 from rain_jax import attacks, evaluation, norms
 from rain_jax.attacks import suites
@@ -236,10 +235,10 @@ class _Subject:
     def suite(self, members: Mapping[str, Iteration], threat: Threat) -> Side:
         """Attacks one after the other, each on the images that stand by then."""
         size, rules = len(self.labels), evaluation.Rules(threat)
-        drives = [
-            evaluation.packed(one, self.of, self.devices, batch_size=size)
-            for one in members.values()
-        ]
+        drives = {
+            name: evaluation.packed(one, self.of, self.devices, batch_size=size)
+            for name, one in members.items()
+        }
         judge = evaluation.judging(self.of, rules, self.devices, batch_size=size)
         variables, key = self.devices.replicate(self.variables), jax.random.key(1)
 
@@ -247,7 +246,8 @@ class _Subject:
             return [self.batch._replace(valid=stands)]
 
         def call() -> np.ndarray:
-            return cascade(drives, judge, variables, key, those, size)
+            stood = evaluation.cascade(drives, judge, variables, key, those, size)
+            return list(stood.values())[-1]
 
         return Side(call, gflop=sum(map(self.gflop, members.values())))
 

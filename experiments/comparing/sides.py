@@ -3,44 +3,29 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.comparing.subject import Subject
 from rain_jax import attacks, evaluation, norms
 from rain_jax.attacks import suites
-from rain_jax.types import Batch, Iteration, Key, Variables
+from rain_jax.types import Iteration, Key
 
 
 class Side(NamedTuple):
     """An attack of ours, or a suite: each member on what the ones before it left standing."""
 
-    drives: list[Callable[..., Iterator[evaluation.Found]]]
+    drives: dict[str, Callable[..., Iterator[evaluation.Found]]]
     judge: Callable[..., Iterator[evaluation.Verdicts]]
 
     def __call__(self, what: Subject, key: Key) -> np.ndarray:
         """Who stands, bool [N]."""
-        return cascade(self.drives, self.judge, what.variables, key, what.batches, len(what.labels))
-
-
-def cascade(
-    drives: Sequence[Callable[..., Iterator[evaluation.Found]]],
-    judge: Callable[..., Iterator[evaluation.Verdicts]],
-    variables: Variables,
-    key: Key,
-    batches: Callable[[np.ndarray], Iterable[Batch]],
-    count: int,
-) -> np.ndarray:
-    """Who of `count` images stands after attacks, each on the `batches` of those that stood."""
-    stands = np.ones(count, bool)
-    for number, drive in enumerate(drives):
-        own = jax.random.fold_in(key, number)
-        for some in judge(variables, own, drive(variables, own, batches(stands))):
-            stands[some.judgement.index] = evaluation.standing(some.judgement)
-    return stands
+        stood = evaluation.cascade(
+            self.drives, self.judge, what.variables, key, what.batches, len(what.labels)
+        )
+        return list(stood.values())[-1]
 
 
 def ours(what: Subject, members: dict[str, Iteration]) -> Side:
@@ -48,7 +33,10 @@ def ours(what: Subject, members: dict[str, Iteration]) -> Side:
     rules = evaluation.Rules(what.experiment.threat)
     on, size = what.devices, what.batch_size
     return Side(
-        [evaluation.packed(a, what.logits_fn_of, on, batch_size=size) for a in members.values()],
+        {
+            name: evaluation.packed(attack, what.logits_fn_of, on, batch_size=size)
+            for name, attack in members.items()
+        },
         evaluation.judging(what.logits_fn_of, rules, on, batch_size=size),
     )
 

@@ -1,12 +1,13 @@
 """How robust a model is, counted: attacks over many images, the judge, and sums of its verdicts.
 
 `packing` drives an attack over a data set, `verdicts` decides about what it found, `counts` adds
-up, `cost` says what that took.
+up, `cost` says what that took; `attacked` is all of it in one call, for any model.
 An attack knows nothing of either: it gets `logits_fn(key, image)` and returns an image. `smoothing`
 proves radii within which there is none.
 """
 
 from rain_jax.evaluation import smoothing
+from rain_jax.evaluation.attacked import attacked, cascade
 from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.counts import (
     Proportion,
@@ -50,6 +51,8 @@ __all__ = [
     "Verdicts",
     "as_iteration",
     "as_they_are",
+    "attacked",
+    "cascade",
     "cost",
     "curve",
     "evaluator",

@@ -1,0 +1,131 @@
+"""How robust any model is, in one call: attack after attack on the images that still stand."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rain_jax.checks import UsageError, within
+from rain_jax.evaluation.counts import standing
+from rain_jax.evaluation.packing import Drive, packed
+from rain_jax.evaluation.verdicts import Rules, Verdicts, as_they_are, judging
+from rain_jax.parallel import Devices, choose_devices, place
+from rain_jax.types import Array, Attack, Batch, Image, Iteration, Key, LogitsFn, PyTree, Threat
+
+Judge = Callable[..., Iterator[Verdicts]]
+Name = TypeVar("Name", bound=Hashable)
+
+
+def attacked(
+    model: Callable[[PyTree, Key, Image], Array],
+    variables: PyTree,
+    attacks: Mapping[str, Attack | Iteration],
+    threat: Threat,
+    images: Any,
+    labels: Any,
+    *,
+    key: Key | None = None,
+    batch_size: int = 256,
+    draws: int = 1,
+    devices: Devices | None = None,
+) -> dict[str, np.ndarray]:
+    """Who stands: bool [N] under "clean", and under each attack's name after it and those before.
+
+    `model(variables, key, image)` gives the logits [K] of one image [H, W, C], pixels in [0, 1],
+    which is what an attack sees; one that does not draw ignores the key, of one that does the mean
+    of `draws` passes is judged. `attacks` is `rain_jax.attacks.suites.standard(threat)`, or
+    {"pgd": pgd(threat, steps=40)}. `images` [N, H, W, C] are uint8, or floats in [0, 1]; `labels`
+    [N] are whole numbers below K. `batch_size` images are shown to the model at once, over all
+    `devices` (all that there are unless given), and draws do not turn on either.
+
+    An attack gets the images that those before it left standing. What it returns is judged by fresh
+    keys, and counts only where it keeps to `threat` (radius in pixel values: 8 / 255, not 8), which
+    is looked at in float64. Raises `UsageError` for images, labels and threats of other kinds.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    within("batch_size", batch_size, 1)
+    within("draws", draws, 1)
+    _check(model, variables, threat, images, labels)
+    if "clean" in attacks:
+        raise UsageError("attacks: expected another name than 'clean', which is taken")
+    devices = place("shard_map", choose_devices()) if devices is None else devices
+
+    def logits_fn_of(variables: PyTree) -> LogitsFn:
+        return lambda key, image: model(variables, key, image)
+
+    def batches(wanted: np.ndarray) -> Iterator[Batch]:
+        for start in range(0, len(labels), batch_size):
+            rows = slice(start, start + batch_size)
+            index: Any = np.arange(len(labels), dtype=np.int32)[rows]
+            image: Any = images[rows]
+            label: Any = labels[rows].astype(np.int32)
+            valid: Any = wanted[rows]
+            yield Batch(image, label, index, valid)
+
+    drives: dict[str, Drive] = {
+        "clean": lambda variables, key, batches: as_they_are(batches),
+        **{
+            name: packed(attack, logits_fn_of, devices, batch_size=batch_size)
+            for name, attack in attacks.items()
+        },
+    }
+    judge = judging(logits_fn_of, Rules(threat, draws), devices, batch_size=batch_size)
+    root = jax.random.key(0) if key is None else key
+    return cascade(drives, judge, devices.replicate(variables), root, batches, len(labels))
+
+
+def cascade(
+    drives: Mapping[Name, Drive],
+    judge: Judge,
+    variables: PyTree,
+    key: Key,
+    batches: Callable[[np.ndarray], Iterable[Batch]],
+    count: int,
+) -> dict[Name, np.ndarray]:
+    """Who of `count` images stands after each of some drives, which are given those that stood.
+
+    `batches(wanted)` are the images, valid where `wanted` (bool [N]) is true.
+    """
+    stands = np.ones(count, bool)
+    found: dict[Name, np.ndarray] = {}
+    for number, (name, drive) in enumerate(drives.items()):
+        own = jax.random.fold_in(key, number)
+        for some in judge(variables, own, drive(variables, own, batches(stands))):
+            stands[some.judgement.index] = standing(some.judgement)
+        found[name] = stands.copy()
+    return found
+
+
+def _check(model: Any, variables: PyTree, threat: Threat, images: Any, labels: Any) -> None:
+    """Refuses what an attack would make nonsense of, before anything is compiled."""
+    within("threat.radius", threat.radius, 0.0)
+    if images.ndim != 4 or not len(images):
+        raise UsageError(f"images are {list(images.shape)}: expected [N, H, W, C]")
+    if images.dtype != np.uint8:
+        if not np.issubdtype(images.dtype, np.floating):
+            raise UsageError(f"images are {images.dtype}: expected uint8, or floats in [0, 1]")
+        low, high = float(np.min(images)), float(np.max(images))
+        if not (threat.low <= low and high <= threat.high):
+            raise UsageError(
+                f"images have pixels in [{low:.3g}, {high:.3g}]: expected "
+                f"[{threat.low:g}, {threat.high:g}], or uint8"
+            )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(
+            f"labels are {labels.dtype} {list(labels.shape)}: expected whole numbers "
+            f"[{len(images)}]"
+        )
+    image = jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)
+    logits = jax.eval_shape(model, variables, jax.eval_shape(jax.random.key, 0), image)
+    if getattr(logits, "ndim", None) != 1:
+        raise UsageError(
+            f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for one image "
+            f"{list(image.shape)}: expected logits [K], as model.apply(variables, image[None])[0]"
+        )
+    if np.min(labels) < 0 or np.max(labels) >= logits.shape[0]:
+        raise UsageError(
+            f"labels are {np.min(labels)} to {np.max(labels)}: expected 0 to "
+            f"{logits.shape[0] - 1}, the model's classes"
+        )

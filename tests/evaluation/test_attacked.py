@@ -1,0 +1,96 @@
+"""Any model in one call: the same verdicts as attack and judge by hand, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rain_jax.attacks import noise, pgd
+from rain_jax.attacks.suites import standard
+from rain_jax.checks import UsageError
+from rain_jax.evaluation import Rules, attacked, judge
+from rain_jax.norms import l2, linf
+from rain_jax.parallel import choose_devices, place
+from rain_jax.types import Threat
+
+THREAT = Threat(l2, 0.4)
+WEIGHTS = jax.random.normal(jax.random.key(2), (60, 3))
+IMAGES = np.random.default_rng(0).integers(0, 256, (37, 6, 5, 2)).astype(np.uint8)
+
+
+def model(weights, key, image):
+    return 2 * jnp.tanh(jnp.sum(image.reshape(-1, 1) * weights, axis=0))
+
+
+LABELS = np.array([int(jnp.argmax(model(WEIGHTS, None, x / 255))) for x in IMAGES])
+LABELS[:5] = (LABELS[:5] + 1) % 3  # five that it is wrong about
+ATTACKS = {"noise": noise(THREAT), "pgd": pgd(THREAT, steps=10)}
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """PGD on every image by itself, with the keys that an image has in the third round."""
+    root = jax.random.fold_in(jax.random.key(4), 2)
+
+    @jax.jit
+    def one(key, image, label):
+        attack_key, judge_key = jax.random.split(key)
+        known = lambda k, x: model(WEIGHTS, k, x)
+        found = ATTACKS["pgd"](attack_key, known, image, label)
+        return judge(known, Rules(THREAT), judge_key, image, found, label)[0][0]
+
+    images = IMAGES * np.float32(1 / 255)
+    triples = zip(images, LABELS, range(len(LABELS)), strict=True)
+    return np.array([bool(one(jax.random.fold_in(root, i), x, y)) for x, y, i in triples])
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(256, 1), (8, 2), (5, 1)])
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_who_stands_is_who_stands_by_hand(batch_size, devices, as_floats, by_hand):
+    images = IMAGES * np.float32(1 / 255) if as_floats else IMAGES
+    on = place("shard_map", choose_devices(devices))
+    stands = attacked(
+        model, WEIGHTS, ATTACKS, THREAT, images, LABELS.astype(np.int64),
+        key=jax.random.key(4), batch_size=batch_size, devices=on,
+    )  # fmt: skip
+    assert list(stands) == ["clean", "noise", "pgd"]
+    np.testing.assert_array_equal(stands["clean"], np.arange(len(LABELS)) >= 5)
+    assert not np.any(stands["noise"] & ~stands["clean"])
+    np.testing.assert_array_equal(stands["pgd"], stands["noise"] & by_hand)
+    assert 3 < np.sum(stands["pgd"]) < np.sum(stands["clean"]) - 3
+
+
+def test_a_suite_leaves_no_more_than_its_first_attack():
+    threat = Threat(linf, 0.02)
+    stands = attacked(model, WEIGHTS, standard(threat, steps=5, queries=10), threat, IMAGES, LABELS)
+    counts = [int(np.sum(stood)) for stood in stands.values()]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == len(LABELS) - 5 > counts[-1]
+
+
+REFUSED = [
+    (dict(threat=Threat(linf, -1.0)), r"threat.radius=-1.0"),
+    (dict(threat=Threat(linf, float("nan"))), r"threat.radius=nan"),
+    (dict(images=IMAGES[0]), r"images are \[6, 5, 2\]: expected \[N, H, W, C\]"),
+    (dict(images=IMAGES[:0], labels=LABELS[:0]), r"images are \[0, 6, 5, 2\]"),
+    (dict(images=IMAGES.astype(np.int32)), r"images are int32: expected uint8"),
+    (dict(images=IMAGES.astype(np.float32)), r"pixels in \[0, 255\]: expected \[0, 1\]"),
+    (dict(images=IMAGES * np.float32("nan")), r"pixels in \[nan, nan\]"),
+    (dict(labels=LABELS[:-1]), r"labels are int64 \[36\]: expected whole numbers \[37\]"),
+    (dict(labels=LABELS * 1.0), r"labels are float64"),
+    (dict(labels=LABELS + 1), r"labels are 1 to 3: expected 0 to 2"),
+    (dict(labels=LABELS - 1), r"labels are -1 to 1: expected 0 to 2"),
+    (dict(model=lambda w, k, x: model(w, k, x)[None]), r"gives \(1, 3\) for one image"),
+    (dict(model=lambda w, k, x: (model(w, k, x),)), r"gives tuple for one image"),
+    (dict(attacks={"clean": noise(THREAT)}), r"another name than 'clean'"),
+    (dict(batch_size=0), r"batch_size=0"),
+    (dict(draws=0), r"draws=0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_what_would_be_nonsense_is_refused(changes, message):
+    given = dict(model=model, variables=WEIGHTS, attacks=ATTACKS, threat=THREAT, images=IMAGES,
+                 labels=LABELS)  # fmt: skip
+    with pytest.raises(UsageError, match=message):
+        attacked(**{**given, **changes})
