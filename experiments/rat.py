@@ -169,6 +169,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     initialise()
     built, own = experiment(config)
     build.check_devices(built)
+    start.check(built, folder)
     with workdir.held(folder):
         workdir.claim(folder, configuring.plain(config))
         _rounds(built, own, folder)

@@ -38,6 +38,21 @@ def begun(experiment: build.Experiment, variables: PyTree, devices: Devices) -> 
     return stacked([_begun(experiment, one, devices) for one in each])
 
 
+def check(experiment: build.Experiment, folder: Path) -> None:
+    """Refuses a start that is not there, for a run that has not begun: later none is needed."""
+    if (folder / "config.json").is_file():
+        return
+    for part in ("classifier", "defence"):
+        given = getattr(experiment.start, part)
+        if given is None:
+            continue
+        path = Path(given)
+        if path.suffix not in _FILES:
+            workdir.read_config(path)
+        elif not path.is_file():
+            raise UsageError(f"config.start.{part}={given!r}: expected a file that is there")
+
+
 def _begun(experiment: build.Experiment, variables: PyTree, devices: Devices) -> PyTree:
     start = experiment.start
     if experiment.config["defence"] is None:
