@@ -10,8 +10,10 @@ was; before a number is printed, what usually makes such numbers wrong has been 
 """
 
 import contextlib
+import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -150,12 +152,18 @@ def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
 
 def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     """The same, in folders that nobody else writes into."""
-    pairs = []
+    pairs, replaced = [], []
     for name, experiment, folder in runs:
         variables, step = load(experiment, folder)
+        before = _record(folder)
         row, sample = evaluate(experiment, variables, folder, name, step, finish=False)
         notes = row.notes + _unfinished(experiment, folder, step)
         pairs.append((row._replace(notes=notes), sample))
+        if before is not None and before != _record(folder):
+            replaced.append(
+                f"{folder} held another evaluation, of {before[0]:,} images under "
+                f"{', '.join(before[1])}; it is replaced\n"
+            )
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
@@ -169,12 +177,23 @@ def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
     print(
         f"\nPer cent right of {total:,} test images, 95 % intervals; "
         f"{norms.name_of(experiment.threat.norm)} radius {radius:.4g}\n\n{text}\n\n"
-        f"{folder} holds evaluation.json, table.txt, examples.png and the rest of the run",
+        + "".join(replaced)
+        + f"{folder} holds evaluation.json, table.txt, examples.png and the rest of the run",
         flush=True,
     )
     # Only now: killed in the middle of the second run, the first is not measured again.
     for _, _, place_ in runs:
         Journal(place_).finish()
+
+
+def _record(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Of how many images, and with which settings of which attacks, the folder's evaluation is."""
+    try:
+        told = json.loads((folder / "evaluation.json").read_text())
+        attacks = {name: one["settings"] for name, one in told["attacks"].items()}
+        return told["clean"]["of"], attacks
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # none, or of another version
 
 
 def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[str, ...]:

@@ -76,7 +76,8 @@ def test_a_report_takes_what_an_evaluation_leaves(run, tmp_path):
 
 def test_evaluate_needs_the_workdir_alone_and_finds_the_same(run, tmp_path):
     before, expected = content(run), commands.results(run)
-    commands.command("evaluate", f"--workdir={run}", folder=tmp_path)
+    said = commands.command("evaluate", f"--workdir={run}", folder=tmp_path)
+    assert "another evaluation" not in said
     assert commands.results(run) == expected
     assert content(run) == before
 
@@ -84,7 +85,8 @@ def test_evaluate_needs_the_workdir_alone_and_finds_the_same(run, tmp_path):
 def test_an_override_changes_what_it_should_and_no_more(run, tmp_path):
     before, expected = content(run), commands.results(run)
     override = "--config.evaluation.attacks.pgd40.steps=5"
-    commands.command("evaluate", f"--workdir={run}", override, folder=tmp_path)
+    said = commands.command("evaluate", f"--workdir={run}", override, folder=tmp_path)
+    assert "held another evaluation, of 83 images under pgd40; it is replaced" in said
     found = commands.results(run)
     assert found["attacks"]["pgd40"]["settings"] == {
         **expected["attacks"]["pgd40"]["settings"], "steps": 5,
