@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import inspect
 import itertools
 import re
 import signal
@@ -148,7 +149,10 @@ def load_config(given: str) -> dict[str, Any]:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise UsageError(f"{path}: no get_config in it: expected a function of that name")
-        config = module.get_config(*([text] if path != Path(given) else []))
+        arguments = [text] if path != Path(given) else []
+        if arguments and not inspect.signature(module.get_config).parameters:
+            raise UsageError(f"--config={given}: {path} takes no text behind a colon")
+        config = module.get_config(*arguments)
     except UsageError:
         raise
     except SyntaxError as error:

@@ -163,6 +163,8 @@ def _say(annotation: Any) -> str:
         told = [a for a in arguments if a in words or typing.get_origin(a) is tuple]
         return " or ".join(map(_say, told)) or str(annotation)
     if origin is tuple:
+        if isinstance(arguments[0], type) and arguments[0].__module__ != "builtins":
+            return "sections, (dict(name=..), dict(name=..), ..)"
         inner = _say(arguments[0]).removeprefix("a ") + "s"
         return f"{'' if arguments[-1] is ... else f'{len(arguments)} '}{inner}, (a, b, ..)"
     if origin is dict or annotation is dict:

@@ -162,7 +162,10 @@ def choose_devices(count: int | None = None, *, training: bool = False) -> list[
     if count is None or count == len(devices):
         return devices
     if not 1 <= count <= len(devices):
-        raise UsageError(f"devices={count}: expected 1 to {len(devices)}, which are here")
+        more = (
+            " (JAX_NUM_CPU_DEVICES=N makes a CPU N of them)" if devices[0].platform == "cpu" else ""
+        )
+        raise UsageError(f"devices={count}: expected 1 to {len(devices)}, which are here{more}")
     if jax.process_count() > 1:
         raise UsageError(f"devices={count}: with several processes all {len(devices)} are used")
     return devices[:count]
