@@ -100,7 +100,7 @@ CASES = [
     Case("no get_config", ("--config={files}/empty.py",), ("empty.py", "no get_config")),
     Case("returns no config", ("--config={files}/number.py",), ("number.py", "returned 5")),
     Case("raises", ("--config={files}/raises.py",), ("raises.py:2: NameError", "'tpyo'")),
-    Case("takes no text", ("--config={files}/tiny.py:big",), ("tiny.py:big", "no text behind a colon")),
+    Case("takes no text", ("--config={files}/tiny.py:big",), ("tiny.py:big", "no text behind")),
     Case("not Python", ("--config={files}/run/config.json",), ("config.json", "a Python file")),
     Case(
         "text for a number in a file",
