@@ -235,7 +235,8 @@ def main(asked: Asked, folder: Path) -> None:
     lines = [f"FLAG, a check that failed: {c['name']} ({c['told']})" for c in record["checks"]
              if not c["passed"]]  # fmt: skip
     print(
-        f"\nPer cent right of {record['images']:,} test images, 95 % intervals\n\n"
+        f"\nPer cent right of {record['images']:,} test images under {record['attack']}, "
+        f"{record['norm']}, 95 % intervals\n\n"
         + "\n".join([told.printed(record), "", *lines, f"{folder} holds sweep.json and sweep.png"]),
         flush=True,
     )
