@@ -53,7 +53,7 @@ def convolve(images: Array, kernel: Array, padding: Padding, *, turned: bool = F
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve(images: Array, kernel: Array, padding: Padding, turned: bool) -> Array:
-    """In parts, of whose number the images decide that a `vmap` adds, too."""
+    """In as many parts as all the images ask for, those of a `vmap` over them among them."""
 
     @custom_vmap
     def over_batch(images: Array, kernel: Array) -> Array:
