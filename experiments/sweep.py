@@ -232,11 +232,12 @@ def main(asked: Asked, folder: Path) -> None:
         return
     write_json(folder / "sweep.json", record)
     told.figure(folder / "sweep.png", record)
+    # Where runs are trained each has attacks of its own.
+    under = f" under {record['attack']}, {record['norm']}" if "attack" in record else ""
     lines = [f"FLAG, a check that failed: {c['name']} ({c['told']})" for c in record["checks"]
              if not c["passed"]]  # fmt: skip
     print(
-        f"\nPer cent right of {record['images']:,} test images under {record['attack']}, "
-        f"{record['norm']}, 95 % intervals\n\n"
+        f"\nPer cent right of {record['images']:,} test images{under}, 95 % intervals\n\n"
         + "\n".join([told.printed(record), "", *lines, f"{folder} holds sweep.json and sweep.png"]),
         flush=True,
     )

@@ -140,10 +140,11 @@ def packed_lanes(
             # --- go on, no further than the first who has had all steps
             length = min(_chunk(most), int(np.min((limit - age)[held.valid])))
             age += length
-            last = np.bool_(np.any((age >= limit)[held.valid]))
+            ended = held.valid & (age >= limit)
             states, score, queries, image = programs.advance(
-                variables, devices.again(states), np.int32(length), last
-            )
+                variables, devices.again(states), np.int32(length), np.bool_(np.any(ended)),
+                devices.split(rows_of_process(ended)),
+            )  # fmt: skip
             score, queries = devices.gather((score, queries))
             done = held.valid & ((age >= limit) | ((score > 0) if early else False))
             if done.any():
@@ -234,23 +235,31 @@ def _compile(
         return jax.tree.map(lambda old, leaf: old.at[slots].set(leaf, mode="drop"), states, new)
 
     def advance(
-        variables: Variables, states: PyTree, length: Array, last: Array,
+        variables: Variables, states: PyTree, length: Array, anybody: Array, ended: Array,
         axis_name: AxisName = None,
     ) -> tuple[PyTree, Array, Array, Array]:  # fmt: skip
-        def one(state: PyTree, values: PyTree) -> Any:
+        def one(state: PyTree, values: PyTree, ended: Array) -> Any:
             run, logits_fn = given(variables, values)
             # The length is data: one program serves every chunk.
             state = jax.lax.fori_loop(
                 0, length, lambda _, state: run.step(logits_fn, state), typed(state)
             )
-            best = partial(run.best, logits_fn)
-            # Whoever has had all steps gets the whole verdict; on the way what is known will do.
-            known = best(state) if run.seen is None else jax.lax.cond(last, best, run.seen, state)
+            best, seen = partial(run.best, logits_fn), run.seen
+            if seen is None:
+                known = best(state)
+            else:
+                # Whoever has had all steps gets the whole verdict; on the way what is known will
+                # do, also beside others who are at their end.
+                def whole(state: PyTree) -> Any:
+                    pairs = best(state), seen(state)
+                    return jax.tree.map(lambda all_, some: jnp.where(ended, all_, some), *pairs)
+
+                known = jax.lax.cond(anybody, whole, seen, state)
             asked = -1 if run.queries is None else run.queries(state)
             return raw(state), known, jnp.asarray(asked, jnp.int32)
 
         states, values = states
-        states, (image, score), queries = jax.vmap(one)(states, values)
+        states, (image, score), queries = jax.vmap(one)(states, values, ended)
         return (states, values), score, queries, image
 
     def shrink(states: PyTree, order: Array, axis_name: AxisName = None) -> PyTree:
@@ -260,7 +269,7 @@ def _compile(
     return _Programs(
         over(empty, inputs=(False, True, True), outputs=True),
         over(fill, inputs=(False, False, True, True, True), outputs=True, donate=(2,)),
-        over(advance, inputs=(False, True, False, False), outputs=(True,) * 4, donate=(1,)),
+        over(advance, inputs=(False, True, False, False, True), outputs=(True,) * 4, donate=(1,)),
         over(shrink, inputs=(True, True), outputs=True),
     )
 

@@ -17,8 +17,8 @@ _SHAPES = 8
 # So many batches are looked ahead, so that the last one is not nearly empty.
 _AHEAD = 4
 # Moving into a smaller batch compiles a program, for about as long as so many steps of a batch
-# take: it pays where more than those would be spent on empty places. Whoever is down to a quarter
-# moves in any case, for other blocks and later runs.
+# take: it pays where more than those would be spent on empty places. What is down to a quarter
+# moves in any case, for other blocks and later runs, unless it is small anyway.
 _COMPILING = {"cpu": 40}
 _COMPILING_ELSEWHERE = 400
 _QUARTER = 4
@@ -47,7 +47,8 @@ def worth_moving(size: int, smaller: int, steps: int, platform: str) -> bool:
     """Whether a batch of `smaller` pays when there are so many `steps` to go."""
     price = _COMPILING.get(platform, _COMPILING_ELSEWHERE)
     saved = (size - smaller) * steps / size
-    return smaller < size and (smaller * _QUARTER <= size or saved >= price)
+    few = size >= 2 * _QUARTER and smaller * _QUARTER <= size
+    return smaller < size and (few or saved >= price)
 
 
 def busiest(live: np.ndarray, size: int) -> int:

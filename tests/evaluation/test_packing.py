@@ -168,9 +168,9 @@ def work(monkeypatch):
     def spying(*arguments):
         programs = compile_(*arguments)
 
-        def advance(variables, states, length, last):
+        def advance(variables, states, length, *ended):
             found.append(len(jax.tree.leaves(states)[0]) * int(length))
-            return programs.advance(variables, states, length, last)
+            return programs.advance(variables, states, length, *ended)
 
         return programs._replace(advance=advance)
 
