@@ -122,8 +122,8 @@ def _fewer_products_are_faster(
     """
     *size, channels, features = kernel
     usual = size == [3, 3] and _moves_by_pixels(window)
-    area, batch = math.prod(images[1:3]), images[0] if isinstance(images[0], int) else 1
     many = min(channels, features) >= 32 and channels + features >= 96
+    area, batch = math.prod(images[1:3]), images[0] if isinstance(images[0], int) else 1
     return usual and many and area >= 4 * 4 and (batch == 1 or batch * area // 4 >= 64)
 
 
