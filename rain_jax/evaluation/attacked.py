@@ -1,5 +1,6 @@
 """How robust any model is, in one call: attack after attack on the images that still stand."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from rain_jax.checks import UsageError, within
 from rain_jax.evaluation.counts import standing
 from rain_jax.evaluation.packing import Drive, packed
 from rain_jax.evaluation.verdicts import Rules, Verdicts, as_they_are, judging
+from rain_jax.norms import linf
 from rain_jax.parallel import Devices, choose_devices, place
 from rain_jax.types import Array, Attack, Batch, Image, Iteration, Key, LogitsFn, PyTree, Threat
 
@@ -100,7 +102,13 @@ def cascade(
 
 def _check(model: Any, variables: PyTree, threat: Threat, images: Any, labels: Any) -> None:
     """Refuses what an attack would make nonsense of, before anything is compiled."""
-    within("threat.radius", threat.radius, 0.0)
+    most = threat.high - threat.low if threat.norm is linf else math.inf
+    if isinstance(threat.radius, int | float) and most < threat.radius <= 255 * most:
+        raise UsageError(
+            f"threat.radius={threat.radius:g}: expected a number in [0, {most:g}]; pixels are in "
+            f"[{threat.low:g}, {threat.high:g}]: did you mean {threat.radius:g} / 255?"
+        )
+    within("threat.radius", threat.radius, 0.0, most)
     if images.ndim != 4 or not len(images):
         raise UsageError(f"images are {list(images.shape)}: expected [N, H, W, C]")
     if images.dtype != np.uint8:

@@ -70,6 +70,8 @@ def test_a_suite_leaves_no_more_than_its_first_attack():
 
 REFUSED = [
     (dict(threat=Threat(linf, -1.0)), r"threat.radius=-1.0"),
+    (dict(threat=Threat(linf, 8.0)), r"threat.radius=8: expected .* did you mean 8 / 255"),
+    (dict(threat=Threat(linf, 1000.0)), r"threat.radius=1000.0"),
     (dict(threat=Threat(linf, float("nan"))), r"threat.radius=nan"),
     (dict(images=IMAGES[0]), r"images are \[6, 5, 2\]: expected \[N, H, W, C\]"),
     (dict(images=IMAGES[:0], labels=LABELS[:0]), r"images are \[0, 6, 5, 2\]"),
