@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, configuring, steps, train
+from experiments import build, configuring, sanity, steps, train
 from rain_jax import training
 from rain_jax.parallel import choose_devices, place
 
@@ -122,12 +122,21 @@ def shape_of(spec):
 
 
 def hurried(section):
-    """The same section with the fewest steps, restarts and draws, however deep they stand."""
+    """The same section with the fewest steps, draws, members and channels, however deep.
+
+    The layers are of the same kinds: what a ResNet-18 or an EDSR is tests/models know.
+    """
     if isinstance(section, list):
         return [hurried(entry) for entry in section]
     if not isinstance(section, dict):
         return section
     few = {"steps": 1, "restarts": 1, "draws": 1, "queries": 2}
+    if section.get("name") == "edsr":
+        few |= {"blocks": 1, "width": 8}
+    elif section.get("name") == "preact_resnet":
+        few |= {"width": 8}
+    elif section.get("key") == "defence.level":
+        return {**section, "values": section["values"][:2]}
     return {
         key: few[key] if key in few and isinstance(value, int) else hurried(value)
         for key, value in section.items()
@@ -135,9 +144,12 @@ def hurried(section):
 
 
 @pytest.mark.parametrize("path", commands.CONFIGS, ids=lambda path: path.stem)
-def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path):
+def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path, monkeypatch):
+    # What the look at a model finds is another test's (tests/test_sanity.py): here it is brief.
+    monkeypatch.setattr(sanity, "_STEPS", 2)
+    monkeypatch.setattr(sanity, "_DRAWS", 2)
     spec = configuring.plain(runpy.run_path(str(path))["get_config"]())
-    thin = []  # the same blocks: what a ResNet-18 is tests/models know
+    thin = []
     if spec["network"]["name"] == "preact_resnet18":
         thin = [("network.name", "preact_resnet"), ("network.depths", (1, 1, 1, 1)),
                 ("network.width", 8)]  # fmt: skip
