@@ -198,6 +198,11 @@ def experiment(whole: Any) -> Experiment:
         start: settings.Start = parts["start"]
         budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
         rungs = ladder.rungs(budget, the_threat, assembly, start.classifier)
+        if evaluation.cascade:
+            raise UsageError(
+                "config.evaluation.cascade: expected False beside a ladder, whose rungs are "
+                "compared on the same images"
+            )
         for name in columns:
             if evaluation.suite is not None or name in rungs:
                 raise UsageError(

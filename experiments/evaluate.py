@@ -82,9 +82,10 @@ def evaluate(
         clean.prediction[:SHOWN],
         measured.adversarial_prediction,
     )
-    first = next(iter(experiment.looks), None)
+    apart = ("clean", *measured.checks)
+    after = [title for title in measured.columns if title not in apart][1:]
     counts = {
-        ("+ " if measured.cascade and title not in ("clean", first) else "") + title:
+        ("+ " if measured.cascade and title in after else "") + title:
         evaluation.proportion(share)
         for title, share in measured.stands.items()
     }  # fmt: skip

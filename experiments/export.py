@@ -78,8 +78,10 @@ def _inputs(shape: tuple[int, ...], random: bool) -> list[jax.ShapeDtypeStruct]:
 def stablehlo(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]) -> bytes:
     """The serialised program, of any number of images, with its gradient."""
     _needed("stablehlo", "flatbuffers")
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
-    return bytes(exported.serialize(vjp_order=1))
+    # Our own convolutions are for CPUs and for batches of known sizes; a file is for all platforms.
+    with by_lax():
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs)
+        return bytes(exported.serialize(vjp_order=1))
 
 
 def onnx(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]) -> bytes:

@@ -243,8 +243,8 @@ class _Measuring:
         """A column's images after its attack."""
         network, weights, known = self.climbed(look.through)
         # Of a random model the worst mean is wanted, not the first one that is bad enough; and of
-        # another form of the model the judge may think otherwise.
-        early = early and self.draws == 1 and look.through is None
+        # another form of the model, or of the image once rounded, the judge may think otherwise.
+        early = early and self.draws == 1 and look.through is None and not rules.eight_bit
 
         @functools.cache
         def drive(size: int) -> Any:

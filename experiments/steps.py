@@ -84,10 +84,11 @@ def is_resident(experiment: Task) -> bool:
     """Whether the training images live on the devices."""
     source = experiment.splits.train
     feed = experiment.training.feed
+    if feed != "auto":
+        return feed == "resident"
     size = source.size + (source.extra.source.size if source.extra else 0)
-    return feed == "resident" or (
-        feed == "auto" and size * math.prod(source.shape) <= RESIDENT_BYTES
-    )
+    pixel: int = source.read(0)[0].dtype.itemsize
+    return size * math.prod(source.shape) * pixel <= RESIDENT_BYTES
 
 
 def body_of(experiment: Task, method: Method, plan: Plan, devices: int) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def _mean_of_moved(before: Variables, after: ModelState) -> ModelState:
     leaves, structure = jax.tree.flatten(after)
     moved = [place for place, leaf in enumerate(leaves) if id(leaf) not in were]
     for place, mean in zip(moved, jax.lax.pmean([leaves[m] for m in moved], AXIS), strict=True):
-        leaves[place] = mean
+        leaves[place] = mean.astype(leaves[place].dtype)  # a counter stays one
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -222,7 +222,9 @@ def place(
     one_of("mapping", mapping, ("shard_map", "pmap"))
     if overlap and mapping == "pmap":
         raise UsageError("overlap=True: expected mapping='shard_map', for pmap takes no options")
-    chosen = list(jax.devices() if devices is None else devices)
+    # A process feeds neighbouring rows: its devices must be neighbours, too.
+    given = jax.devices() if devices is None else devices
+    chosen = sorted(given, key=lambda device: device.process_index)
     mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
     if mapping == "pmap":
         return _pmap(mesh)

@@ -302,6 +302,18 @@ def test_building_compiles_nothing():
     assert not seen
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(np.uint8, 1), (np.float32, 4)])
+def test_a_gigabyte_is_a_gigabyte_of_bytes(dtype, size, monkeypatch):
+    experiment = build.experiment(small())
+    images, labels = np.zeros((64, 8, 8, 1), dtype), np.arange(64) % 10
+    train = data.from_arrays(images, labels, name="black")
+    experiment = experiment._replace(splits=experiment.splits._replace(train=train))
+    monkeypatch.setattr(steps, "RESIDENT_BYTES", 64 * 64 * size)
+    assert steps.is_resident(experiment)
+    monkeypatch.setattr(steps, "RESIDENT_BYTES", 64 * 64 * size - 1)
+    assert not steps.is_resident(experiment)
+
+
 def test_the_resolved_config_goes_through_json():
     config = small(network=dict(name="cnn", widths=(4, 8), mean=(0.5,)), average=dict(decay=0.5))
     found = build.experiment(config).config

@@ -54,6 +54,23 @@ def test_stablehlo_has_the_logits_of_any_number_of_images(which):
         assert np.abs(again.call(images, np.uint32(4)) - expected).max() > 1e-4
 
 
+def test_stablehlo_convolves_as_every_platform_does():
+    """Our own ways to convolve are for this CPU; a file is for others, too."""
+    needs("stablehlo")
+    network = models.preact_resnet(4, depths=(1,), width=64)
+    images = np.resize(IMAGES, (3, 16, 16, 3))
+    variables = jax.jit(network.init)(jax.random.key(1), images)
+    kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(variables))
+    here = jax.jit(export.function_of(network, variables)).lower(images).as_text()
+    assert here.count("stablehlo.convolution") < kernels
+    content, _ = export.written("stablehlo", network, variables, images)
+    again = jax.export.deserialize(bytearray(content))
+    # A convolution for each kernel and platform and, back to the images, once more.
+    several = kernels * len(export.PLATFORMS)
+    assert again.mlir_module().count("stablehlo.convolution") == several
+    assert again.vjp().mlir_module().count("stablehlo.convolution") >= several
+
+
 def test_stablehlo_can_be_attacked():
     needs("stablehlo")
     network, variables = of("bare")

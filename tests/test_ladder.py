@@ -279,6 +279,7 @@ def test_every_rung_spends_what_is_promised(config, full, small, monkeypatch):
         (("ensemble", dict(key="defence.lvel", values=(1.0, 2.0))), "did you mean 'defence.level'"),
         (("ensemble", dict(key="defence.level", values=(1.0,))), "two at least"),
         (("defence", None), "expected config.defence"),
+        (("evaluation.cascade", True), "config.evaluation.cascade: expected False"),
         (("defence.statistics", "nowhere.npz"), "experiments.analyse"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Floor of every room. Tools may use the tools below them in this list of lists, never sideways up.
 FLOORS = [
-    ["types", "checks"],
+    ["types", "checks", "keys"],
     ["losses", "norms", "gradients", "parallel", "members", "image",
      "models", "data", "schedules",
      "optimisers", "training", "checkpoints"],

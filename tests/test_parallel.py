@@ -139,7 +139,8 @@ def test_of_a_network_that_keeps_its_own_statistics_only_what_moved_is_sent(key)
 
     def apply(variables, images, train=False, axis_name=None, keys=None):
         seen = images.mean() if axis_name is None else jax.lax.pmean(images.mean(), axis_name)
-        state = {"frozen": variables["frozen"], "mean": variables["mean"] + seen}
+        state = {"frozen": variables["frozen"], "mean": variables["mean"] + seen,
+                 "count": variables["count"] + 1}  # fmt: skip
         return images * variables["frozen"].sum() - seen, state
 
     network = with_statistics("device", Network(lambda key, images: {}, apply, 2))
@@ -148,7 +149,8 @@ def test_of_a_network_that_keeps_its_own_statistics_only_what_moved_is_sent(key)
         lambda variables, images, axis_name: network.apply(variables, images, True, axis_name),
         inputs=(False, True), outputs=(True, False),
     )  # fmt: skip
-    variables, images = {"frozen": jnp.ones(1000), "mean": jnp.zeros(())}, jnp.arange(8.0)
+    variables = {"frozen": jnp.ones(1000), "mean": jnp.zeros(()), "count": jnp.int32(3)}
+    images = jnp.arange(8.0)
     logits, state = program(variables, images)
     shares = images.reshape(4, 2)
     expected = 1000 * shares - shares.mean(1, keepdims=True)
@@ -156,7 +158,9 @@ def test_of_a_network_that_keeps_its_own_statistics_only_what_moved_is_sent(key)
     assert float(state["mean"]) == pytest.approx(3.5)
     text = program.lower(variables, images).as_text()
     sent = re.findall(r'"stablehlo.all_reduce".*?\}\) : \((.*?)\) ->', text, re.DOTALL)
-    assert sent == ["tensor<f32>"]
+    assert sorted(sent) == ["tensor<f32>", "tensor<i32>"]
+    assert state["count"].dtype == jnp.int32
+    assert int(state["count"]) == 4
     assert with_statistics("all", network) is network
 
 

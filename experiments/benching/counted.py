@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 import numpy as np
 
+from rain_jax.keys import is_key
 from rain_jax.models.conv import by_lax
 
 
@@ -34,7 +34,7 @@ def gflop_of(function: Callable[..., Any], *arguments: Any) -> float | None:
 
 def _contents(value: Any) -> Any:
     """What tells a constant from others; keys have no array to show, and stay themselves."""
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if is_key(value):
         return id(value)
     array = np.asarray(value)
     return array.shape, array.dtype, array.tobytes()

@@ -202,8 +202,10 @@ class Plan:
 
             through = grid.parts(one.spec, {}, self.title, self.classes).look.through
             # As in an evaluation: of a random model the worst mean is wanted, not the first one
-            # that is bad enough; and of another form of the model the judge may think otherwise.
-            early = self.draws(one) == 1 and through is None
+            # that is bad enough; and of another form of the model, or of the image once rounded,
+            # the judge may think otherwise.
+            rounds = one.spec["evaluation"]["eight_bit"]
+            early = self.draws(one) == 1 and through is None and not rounds
             self._programs[known] = evaluation.packed_lanes(
                 attack_of, climbed_of, self.devices, batch_size=self.room.size, early=early
             )

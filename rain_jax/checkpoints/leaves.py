@@ -5,9 +5,9 @@ import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from rain_jax.keys import is_key, key_like
 from rain_jax.types import PyTree
 
 
@@ -22,13 +22,9 @@ def named(tree: PyTree) -> dict[str, Any]:
     return found
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def plain(leaf: Any) -> Any:
     """What is stored for a leaf: a typed key's data, a number as an array."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
@@ -38,23 +34,17 @@ def target(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return np.asarray(leaf)
     home = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    data = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=home)
 
 
 def shaped(like: PyTree, found: dict[str, Any]) -> PyTree:
     """The tree of `like` with what was restored for each of its leaves."""
     leaves = [
-        _key_of(leaf, found[name]) if _is_key(leaf) else found[name]
+        key_like(leaf, found[name]) if is_key(leaf) else found[name]
         for name, leaf in named(like).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _key_of(like: Any, data: jax.Array) -> jax.Array:
-    impl: list[Any] = []  # JAX tells it of a key, traced ones included, but not of a struct
-    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
-    return jax.random.wrap_key_data(data, impl=impl[0])
 
 
 def described(leaf: Any) -> str:

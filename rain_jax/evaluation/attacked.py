@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.checks import UsageError, within
+from rain_jax.data import as_float
 from rain_jax.evaluation.counts import standing
 from rain_jax.evaluation.packing import Drive, packed
 from rain_jax.evaluation.verdicts import Rules, Verdicts, as_they_are, judging
@@ -36,11 +37,12 @@ def attacked(
     """Who stands: bool [N] under "clean", and under each attack's name after it and those before.
 
     `model(variables, key, image)` gives the logits [K] of one image [H, W, C], pixels in [0, 1],
-    which is what an attack sees; one that does not draw ignores the key, of one that does the mean
-    of `draws` passes is judged. `attacks` is `rain_jax.attacks.suites.standard(threat)`, or
-    {"pgd": pgd(threat, steps=40)}. `images` [N, H, W, C] are uint8, or floats in [0, 1]; `labels`
-    [N] are whole numbers below K. `batch_size` images are shown to the model at once, over all
-    `devices` (all that there are unless given), and draws do not turn on either.
+    which is what an attack sees. One that does not draw ignores the key; of one that does the mean
+    of `draws` passes is judged, and one pass says little of it. `attacks` is
+    `rain_jax.attacks.suites.standard(threat)`, or {"pgd": pgd(threat, steps=40)}. `images`
+    [N, H, W, C] are uint8, or floats in [0, 1]; `labels` [N] are whole numbers below K.
+    `batch_size` images are shown to the model at once, over all `devices` (all that there are
+    unless given), and draws do not turn on either.
 
     An attack gets the images that those before it left standing. What it returns is judged by fresh
     keys, and counts only where it keeps to `threat` (radius in pixel values: 8 / 255, not 8), which
@@ -69,7 +71,8 @@ def attacked(
     drives: dict[str, Drive] = {
         "clean": lambda variables, key, batches: as_they_are(batches),
         **{
-            name: packed(attack, logits_fn_of, devices, batch_size=batch_size)
+            # Of a model that draws the worst mean is wanted, not the first that is bad enough.
+            name: packed(attack, logits_fn_of, devices, batch_size=batch_size, early=draws == 1)
             for name, attack in attacks.items()
         },
     }
@@ -103,23 +106,26 @@ def cascade(
 def _check(model: Any, variables: PyTree, threat: Threat, images: Any, labels: Any) -> None:
     """Refuses what an attack would make nonsense of, before anything is compiled."""
     most = threat.high - threat.low if threat.norm is linf else math.inf
-    if isinstance(threat.radius, int | float) and most < threat.radius <= 255 * most:
+    radius = float(threat.radius)
+    if most < radius <= 255 * most:
         raise UsageError(
-            f"threat.radius={threat.radius:g}: expected a number in [0, {most:g}]; pixels are in "
-            f"[{threat.low:g}, {threat.high:g}]: did you mean {threat.radius:g} / 255?"
+            f"threat.radius={radius:g}: expected a number in [0, {most:g}]; pixels are in "
+            f"[{threat.low:g}, {threat.high:g}]: did you mean {radius:g} / 255?"
         )
-    within("threat.radius", threat.radius, 0.0, most)
+    if radius == math.inf:
+        raise UsageError("threat.radius=inf: expected a distance that can be kept")
+    within("threat.radius", radius, 0.0, most)
     if images.ndim != 4 or not len(images):
         raise UsageError(f"images are {list(images.shape)}: expected [N, H, W, C]")
-    if images.dtype != np.uint8:
-        if not np.issubdtype(images.dtype, np.floating):
-            raise UsageError(f"images are {images.dtype}: expected uint8, or floats in [0, 1]")
-        low, high = float(np.min(images)), float(np.max(images))
-        if not (threat.low <= low and high <= threat.high):
-            raise UsageError(
-                f"images have pixels in [{low:.3g}, {high:.3g}]: expected "
-                f"[{threat.low:g}, {threat.high:g}], or uint8"
-            )
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise UsageError(f"images are {images.dtype}: expected uint8, or floats in [0, 1]")
+    low, high = float(as_float(np.min(images))), float(as_float(np.max(images)))
+    if not (threat.low <= low and high <= threat.high):
+        other = "" if images.dtype == np.uint8 else ", or uint8"
+        raise UsageError(
+            f"images have pixels in [{low:.3g}, {high:.3g}]: expected "
+            f"[{threat.low:g}, {threat.high:g}]{other}"
+        )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(
             f"labels are {labels.dtype} {list(labels.shape)}: expected whole numbers "

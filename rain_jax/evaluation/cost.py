@@ -9,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from rain_jax.keys import is_key
 from rain_jax.types import Array, Image, Iteration, Key, Logits, PyTree
 
 # The stand-in's name, by which its calls are found in a program.
@@ -79,17 +80,13 @@ def _counted(function: Any, *arguments: Any, image_rank: int) -> tuple[Passes, i
     program = jax.make_jaxpr(function)(*arguments).jaxpr
     found, width = Passes(0.0, 0.0), 1
     for call in _calls(program, needed=[True] * len(program.outvars)):
-        keys = [v.aval.shape for v in call.invars if _is_key(v.aval)]
+        keys = [v.aval.shape for v in call.invars if is_key(v.aval)]
         images = [v.aval.shape[:-image_rank] for v in (call.invars if keys else call.outvars)]
         # Whatever was not batched is the same for all: the longest says how many there are.
         passes = float(max(np.prod(lead, initial=1.0) for lead in keys + images))
         found += Passes(passes, 0.0) if keys else Passes(0.0, passes)
         width = max(width, int(passes))
     return found, width
-
-
-def _is_key(aval: Any) -> bool:
-    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
 
 
 def _calls(program: Any, needed: list[bool]) -> Iterator[Any]:

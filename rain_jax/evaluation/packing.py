@@ -24,6 +24,7 @@ from rain_jax.evaluation.verdicts import (
     split_for_judge,
     values_of,
 )
+from rain_jax.keys import is_key, key_like
 from rain_jax.parallel import Devices, image_keys, rows_of_process
 from rain_jax.types import (
     Array,
@@ -61,7 +62,8 @@ def packed(
     `batch_size` is how many images the model is shown at once, over all devices: with five restarts
     a fifth as many are attacked at a time. Fewer images get a batch of about their number. With
     `early` an image leaves as soon as its score is positive: right at a fixed radius, wrong where
-    the nearest image or the worst mean over draws is wanted. Images get the keys that `evaluator`
+    the nearest image or the worst mean over draws is wanted, and where images are rounded before
+    they are judged, which may undo what has just been enough. Images get the keys that `evaluator`
     gives them.
     """
     run = as_iteration(attack)
@@ -109,7 +111,6 @@ def packed_lanes(
         limit = np.zeros(size * devices.size, np.int32)
         rows = devices.split(rows_of_process(np.zeros(size * devices.size, np.int32)))
         states = programs.empty(variables, devices.split(rows_of_process(held)), rows)
-        most = 0  # steps of anybody so far
 
         while True:
             # --- let others in: some at a time, but as many as there is room for
@@ -124,7 +125,6 @@ def packed_lanes(
                 seats.put(held, places[fresh.valid], taken)
                 age[places[fresh.valid]] = 0
                 limit[places[fresh.valid]] = taken.steps if isinstance(taken, Lanes) else steps
-                most = max(most, int(np.max(limit)))
             if not held.valid.any():
                 return
             # --- move closer together
@@ -137,16 +137,19 @@ def packed_lanes(
                 )
                 held, size = jax.tree.map(lambda leaf: leaf[kept], held), smaller
                 age, limit = age[kept], limit[kept]
-            # --- go on, no further than the first who has had all steps
-            length = min(_chunk(most), int(np.min((limit - age)[held.valid])))
+            # --- go on, no further than the first who is looked at next or has had all steps
+            chunk = _chunk(limit)
+            length = int(np.min(np.minimum(chunk - age % chunk, limit - age)[held.valid]))
             age += length
             ended = held.valid & (age >= limit)
+            # Whoever is between two looks of his own stays: his neighbours' are not his.
+            looked = ended | (age % chunk == 0)
             states, score, queries, image = programs.advance(
                 variables, devices.again(states), np.int32(length), np.bool_(np.any(ended)),
                 devices.split(rows_of_process(ended)),
             )  # fmt: skip
             score, queries = devices.gather((score, queries))
-            done = held.valid & ((age >= limit) | ((score > 0) if early else False))
+            done = held.valid & (ended | (looked & (score > 0) if early else False))
             if done.any():
                 image = devices.gather(image)
                 batch = jax.tree.map(lambda leaf: leaf[done], held)
@@ -162,14 +165,15 @@ def passes(attack: Iteration, costs: Cost, steps: np.ndarray) -> Passes:
     As `packed` asks: for the best image at every look, or where the attack has `seen`, at the end.
     Places that are empty, or wait for others, are not counted.
     """
-    looks = -(-steps // _chunk(attack.steps)) if attack.seen is None else steps >= attack.steps
+    chunk = _chunk(np.asarray(attack.steps))
+    looks = -(-steps // chunk) if attack.seen is None else steps >= attack.steps
     whole = costs.init * len(steps) + costs.step * int(np.sum(steps))
     return whole + costs.best * int(np.sum(looks))
 
 
-def _chunk(steps: int) -> int:
-    """Steps between two looks."""
-    return max(1, steps // _LOOKS)
+def _chunk(steps: np.ndarray) -> np.ndarray:
+    """Steps between two looks at an image that is given so many."""
+    return np.maximum(1, steps // _LOOKS)
 
 
 class _Programs(NamedTuple):
@@ -206,13 +210,11 @@ def _compile(
 
     # Between programs keys are plain numbers, which any mapping can split and move.
     def raw(state: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state
-        )
+        return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
 
     def typed(state: PyTree) -> PyTree:
         return jax.tree.map(
-            lambda leaf, as_: jax.random.wrap_key_data(leaf) if _is_key(as_) else leaf, state, like
+            lambda leaf, as_: key_like(as_, leaf) if is_key(as_) else leaf, state, like
         )
 
     def empty(
@@ -297,10 +299,6 @@ def _width(
     # Values stay traced here too, so that no attack is made that the programs could not make.
     jax.eval_shape(counted, first)
     return widths[0]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class _Ran(NamedTuple):

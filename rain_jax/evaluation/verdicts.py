@@ -30,6 +30,11 @@ from rain_jax.types import (
     Variables,
 )
 
+# By how much an image may leave a threat. Pixels are float32 numbers up to 1, so each is right to
+# 2^-24 at best; an attack adds, projects and clips, and each of these rounds once. The radius is a
+# float32 in the program, too.
+_PIXEL, _RADIUS = 2.0**-22, 1e-6
+
 LogitsFnOf = Callable[[Variables], LogitsFn]
 ModelOf = Callable[[Variables, PyTree], LogitsFn]
 """A model whose settings may differ from image to image, given variables and an image's values."""
@@ -125,10 +130,13 @@ def rounded(threat: Threat, clean: Image, candidate: Image) -> Image:
     """
     levels = candidate * 255.0
     near = jnp.round(levels) / 255.0
-    # A level that was reached through arithmetic in float32 may lie a few ulp beside itself.
-    slack = 1e-3
-    inward = jnp.where(candidate > clean, jnp.floor(levels + slack), jnp.ceil(levels - slack))
-    return jnp.where(allowed(threat, clean, near), near, inward / 255.0)
+    # Half of what `kept_in_float64` lets pass: what float32 finds to keep the threat here must keep
+    # it there, and a level reached through arithmetic in float32 lies a few ulp beside itself.
+    slack = _PIXEL / 2
+    inward = jnp.where(
+        candidate > clean, jnp.floor(levels + 255 * slack), jnp.ceil(levels - 255 * slack)
+    )
+    return jnp.where(allowed(threat, clean, near, slack), near, inward / 255.0)
 
 
 class Evaluator(NamedTuple):
@@ -262,11 +270,6 @@ def as_they_are(batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
         some = jax.tree.map(lambda leaf, v=valid: np.asarray(leaf)[v], batch)
         zeros = np.zeros(len(some.index), np.int32)
         yield Found(some, as_float(some.image), zeros.astype(np.float32), zeros, zeros - 1)
-
-
-# Pixels are float32 numbers up to 1, so each is right to 2^-24 at best; an attack adds, projects
-# and clips, and each of these rounds once. The radius itself is a float32 in the program.
-_PIXEL, _RADIUS = 2.0**-22, 1e-6
 
 
 def kept_in_float64(

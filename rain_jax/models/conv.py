@@ -52,7 +52,8 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, loop-safe on CPU: for `nn.Conv(conv_general_dilated=...)`.
 
     Values and gradients are those of `lax`. Left to `lax` altogether are other backends, grouped
-    convolutions, and anything but NHWC images [B, H, W, C] with an HWIO kernel [h, w, C, K].
+    convolutions, what comes out empty, and anything but NHWC images [B, H, W, C] with an HWIO
+    kernel [h, w, C, K].
     """
     # Chosen while tracing. On GPU cuDNN's own backward kernels are expected to be better than
     # convolutions written out by us (not measured), so only the CPU backend takes our rule.
@@ -63,7 +64,8 @@ def conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
             precision, preferred_element_type,
         )  # fmt: skip
-        return (_values if _to_lax.get() == "gradients" else _convolve)(lhs, rhs, window)
+        if _has_output(lhs, rhs, window):
+            return (_values if _to_lax.get() == "gradients" else _convolve)(lhs, rhs, window)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -123,7 +125,7 @@ def loop_safe_conv(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Array:
-    """Convolves images [B, H, W, C] with a kernel [h, w, C, K], on any backend.
+    """Convolves images [B, H, W, C] with a kernel [h, w, C, K] by our rule, also by accelerators.
 
     `padding` is "SAME", "VALID" or pairs (low, high), which may be negative. The gradients are
     canonical convolutions again.
@@ -154,6 +156,16 @@ def _window(
     pairs = tuple((int(low), int(high)) for low, high in padding)
     dtype = None if preferred_element_type is None else jnp.dtype(preferred_element_type)
     return Window(tuple(strides), pairs, lhs_dilation, rhs_dilation, precision, dtype)
+
+
+def _has_output(images: Array, kernel: Array, window: Window) -> bool:
+    """Whether the window fits into the padded image at all."""
+    sides = zip(images.shape[1:3], kernel.shape[:2], window.padding, window.lhs_dilation,
+                window.rhs_dilation, strict=True)  # fmt: skip
+    return all(
+        span(side, by) + low + high >= span(reach, apart)
+        for side, reach, (low, high), by, apart in sides
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

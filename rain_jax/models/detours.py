@@ -98,12 +98,12 @@ def kernel_gradient(images: Array, kernel: Array, cotangent: Array, window: Wind
 
 
 def _known(images: Array, kernel: Array, window: Window) -> bool:
-    """Whether it was timed at all: float32, and sizes.
+    """Whether it was timed at all: float32 by the usual products, and sizes.
 
     In exported programs a size may be a symbol, of which nobody knows how large it is.
     """
     sizes = all(isinstance(size, int) for size in (*images.shape[1:], *kernel.shape))
-    usual = window.preferred_element_type in (None, jnp.float32)
+    usual = window.preferred_element_type in (None, jnp.float32) and window.precision is None
     return sizes and usual and images.dtype == kernel.dtype == jnp.float32
 
 

@@ -8,10 +8,10 @@ import pytest
 from rain_jax.attacks import noise, pgd
 from rain_jax.attacks.suites import standard
 from rain_jax.checks import UsageError
-from rain_jax.evaluation import Rules, attacked, judge
+from rain_jax.evaluation import Rules, attacked, judge, judging, packed, standing
 from rain_jax.norms import l2, linf
 from rain_jax.parallel import choose_devices, place
-from rain_jax.types import Threat
+from rain_jax.types import Batch, Threat
 
 THREAT = Threat(l2, 0.4)
 WEIGHTS = jax.random.normal(jax.random.key(2), (60, 3))
@@ -68,11 +68,46 @@ def test_a_suite_leaves_no_more_than_its_first_attack():
     assert counts[0] == len(LABELS) - 5 > counts[-1]
 
 
+def test_a_model_that_draws_is_attacked_to_the_end():
+    """It stands where its mean does: one unlucky draw is no reason to stop."""
+
+    def noisy(weights, key, image):
+        return model(weights, key, image) + jax.random.normal(key, (3,))
+
+    threat = Threat(l2, 0.25)
+    attack = pgd(threat, steps=10)
+    on = place("shard_map", choose_devices(1))
+    root = jax.random.key(1)
+    stands = attacked(
+        noisy, WEIGHTS, {"pgd": attack}, threat, IMAGES, LABELS, key=root, draws=200, devices=on
+    )
+
+    def left(early):
+        of = lambda weights: lambda key, image: noisy(weights, key, image)
+        batch = Batch(IMAGES, LABELS.astype(np.int32), np.arange(37, dtype=np.int32),
+                      stands["clean"].copy())  # fmt: skip
+        own = jax.random.fold_in(root, 1)
+        found = packed(attack, of, on, batch_size=37, early=early)(WEIGHTS, own, [batch])
+        judge_all = judging(of, Rules(threat, 200), on, batch_size=37)
+        return sum(int(np.sum(standing(v.judgement))) for v in judge_all(WEIGHTS, own, found))
+
+    assert np.sum(stands["pgd"]) == left(early=False) < left(early=True)
+
+
+def test_keys_of_any_kind_will_do():
+    own = {"key": jax.random.key(0, impl="rbg"), "batch_size": 8}
+    stands = attacked(model, WEIGHTS, ATTACKS, THREAT, IMAGES, LABELS, **own)
+    assert 3 < np.sum(stands["pgd"]) < np.sum(stands["clean"]) - 3
+
+
 REFUSED = [
     (dict(threat=Threat(linf, -1.0)), r"threat.radius=-1.0"),
     (dict(threat=Threat(linf, 8.0)), r"threat.radius=8: expected .* did you mean 8 / 255"),
     (dict(threat=Threat(linf, 1000.0)), r"threat.radius=1000.0"),
     (dict(threat=Threat(linf, float("nan"))), r"threat.radius=nan"),
+    (dict(threat=Threat(linf, jnp.float32(8))), r"did you mean 8 / 255"),
+    (dict(threat=Threat(l2, float("inf"))), r"threat.radius=inf: expected a distance"),
+    (dict(threat=Threat(linf, 0.1, 0.2, 0.8)), r"pixels in \[0, 1\]: expected \[0.2, 0.8\]$"),
     (dict(images=IMAGES[0]), r"images are \[6, 5, 2\]: expected \[N, H, W, C\]"),
     (dict(images=IMAGES[:0], labels=LABELS[:0]), r"images are \[0, 6, 5, 2\]"),
     (dict(images=IMAGES.astype(np.int32)), r"images are int32: expected uint8"),

@@ -105,6 +105,17 @@ def test_without_leaving_early_images_are_the_same_too(alone):
     assert np.all(steps == 12)
 
 
+def test_looks_at_an_image_are_its_own():
+    """The last of 45 steps is no look of those who came later: two steps lie between theirs."""
+    found, few, steps, _ = drive(attacks.pgd(THREAT, steps=45), batch_size=7)
+    both, many, others, _ = drive(attacks.pgd(THREAT, steps=45), batch_size=256)
+    np.testing.assert_array_equal(steps, others)
+    np.testing.assert_allclose(few, many, atol=1e-6)
+    np.testing.assert_allclose(found.margin, both.margin, atol=1e-5)
+    assert len(set(steps)) > 3
+    assert set(steps % 2) == {0, 1}  # some had all
+
+
 def test_only_valid_images_are_attacked():
     skip = [0, 3, 19, 20, 21, 82]
     found, *_ = drive(attacks.fgsm(THREAT), batch_size=16, skip=skip)

@@ -216,6 +216,27 @@ def test_other_layouts_are_left_to_lax() -> None:
     np.testing.assert_allclose(chw, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (3, 2)])
+def test_what_comes_out_empty_is_that_of_lax(strides: Any) -> None:
+    """An image smaller than the kernel, without padding."""
+    x, k = operands((16, 2), (3, 3), (64, 64))
+    step = lambda of: lambda x, k: of(x, k, strides, "VALID", dimension_numbers=CANONICAL)
+    ours, theirs = step(conv_general_dilated), step(lax.conv_general_dilated)
+    assert theirs(x, k).size == 0
+    assert_close(ours(x, k), theirs(x, k), 0.0)
+    found, expected = (jax.jit(jax.grad(loss_of(f), (0, 1)))(x, k) for f in (ours, theirs))
+    assert_close(found, expected, 0.0)
+
+
+def test_a_precision_that_was_asked_for_is_kept() -> None:
+    x, k = operands((16, 16), (3, 3), (64, 64))
+    geometry = dict(dimension_numbers=CANONICAL)
+    step = lambda x, k, p=None: conv_general_dilated(x, k, (1, 1), "SAME", precision=p, **geometry)
+    assert not convolutions(jax.make_jaxpr(step)(x, k).jaxpr)  # Winograd's products
+    (found,) = convolutions(jax.make_jaxpr(lambda x, k: step(x, k, "highest"))(x, k).jaxpr)
+    assert found.params["precision"] == (lax.Precision.HIGHEST,) * 2
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_the_backend_chooses(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "needs_loop_safety", lambda: on_cpu)
