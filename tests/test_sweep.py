@@ -133,6 +133,16 @@ def test_cells_are_those_of_separate_evaluations(trained, numbers):
         assert record["cells"][number]["right"] == np.sum(alone)
 
 
+def test_images_are_rounded_as_in_an_evaluation(trained, tmp_path):
+    """And nobody leaves before the end, for rounding may undo what was just enough."""
+    _, stands = swept(
+        trained, tmp_path, "evaluation.eight_bit=True", "sweep.axes.threat.radius=0.06,0.03137"
+    )
+    for number, radius in enumerate((0.06, 0.03137)):
+        changes = [("threat.radius", radius), ("evaluation.eight_bit", True)]
+        np.testing.assert_array_equal(stands[number], evaluated(trained, changes))
+
+
 def test_numbers_are_data_and_cost_no_programs(trained, numbers, tmp_path):
     (record, _), _ = numbers
     assert record["data_axes"] == ["radius", "steps"]
