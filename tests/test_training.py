@@ -122,7 +122,7 @@ def test_a_step_by_statistics_of_each_device_is_the_mean_of_steps_apart(mapping,
     chex.assert_trees_all_close(after.model_state, averages, atol=1e-6)
     assert float(metrics["loss"]) == pytest.approx(sum(float(loss) for (loss, _), _ in told))
     # And it is another step than that by everybody's statistics.
-    together = training.minimise(objective, optimiser).step(key, state, batch)[0]
+    together = jax.jit(training.minimise(objective, optimiser).step)(key, state, batch)[0]
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), together.params, after.params)
     assert max(jax.tree.leaves(moved)) > 1e-4
 
