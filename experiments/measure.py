@@ -182,6 +182,10 @@ class _Measuring:
         self.shown = np.zeros((count, *self.source.shape), np.float32)
         self.predicted = np.zeros(count, np.int32)
         self.columns: dict[str, Column] = {}
+        # Columns of the same rules are judged by the same program.
+        self.judge = functools.cache(
+            lambda rules, size: evaluation.judging(self.model, rules, self.devices, batch_size=size)
+        )
         # A hash of each clean image and its label.
         self.known = np.zeros(self.source.size, "S16")
 
@@ -243,17 +247,18 @@ class _Measuring:
         """A column's images after its attack."""
         network, weights, known = self.climbed(look.through)
         # Of a random model the worst mean is wanted, not the first one that is bad enough; and of
-        # another form of the model, or of the image once rounded, the judge may think otherwise.
-        early = early and self.draws == 1 and look.through is None and not rules.eight_bit
+        # another form of the model the judge may think otherwise. Of rounded images he is asked.
+        early = early and self.draws == 1 and look.through is None
+        if look.threat is not None:
+            rules = rules._replace(threat=look.threat)
 
         @functools.cache
         def drive(size: int) -> Any:
             return evaluation.packed(
-                look.attack, logits_fn_of(network), self.devices, batch_size=size, early=early
-            )
+                look.attack, logits_fn_of(network), self.devices, batch_size=size,
+                early=self.judge(rules, size) if early and rules.eight_bit else early,
+            )  # fmt: skip
 
-        if look.threat is not None:
-            rules = rules._replace(threat=look.threat)
         key = key_of(self.experiment.seed, title)
 
         def found(places: np.ndarray) -> Iterator[evaluation.Found]:
@@ -301,12 +306,8 @@ class _Measuring:
         `offered` says whether they are candidates for the worst of each image.
         """
 
-        @functools.cache
-        def judge(size: int) -> Any:
-            return evaluation.judging(self.model, rules, self.devices, batch_size=size)
-
         def verdicts_on(places: np.ndarray) -> Iterator[evaluation.Verdicts]:
-            return judge(self.room.size)(self.variables, key, found(places))
+            return self.judge(rules, self.room.size)(self.variables, key, found(places))
 
         key = key_of(self.experiment.seed, title)
         threat = rules.threat

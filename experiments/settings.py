@@ -186,9 +186,8 @@ class Evaluation:
 
     `images` takes the first so many, all of them by default. `draws` is how often a model is asked
     for each verdict, by default 20 times where it is random and else once; `eight_bit` rounds
-    images before they are judged, as if they had been saved, and attacks then go to their end:
-    rounding may undo what was just enough. `checkpoint` is the one with the best held-out score, or
-    the last.
+    images before they are judged, as if they had been saved: an attack goes on until the rounded
+    image is wrong, too. `checkpoint` is the one with the best held-out score, or the last.
 
     Results are saved after every `block` images, by default four batches, and a killed evaluation
     goes on behind the last of them. `save_images` leaves the images that broke the model in

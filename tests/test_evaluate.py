@@ -180,11 +180,10 @@ def test_distances_tell_the_accuracy_at_every_radius(tmp_path, variables):
 def test_eight_bits_are_reported_and_kept(tmp_path, variables):
     _, sample, record, found = told(tmp_path, variables, eight_bit=True)
     assert record["eight_bit"]
-    # Rounding may undo what was just enough, so nobody leaves before the end.
-    assert set(found["pgd40/steps"]) == {3}
-    (tmp_path / "plain").mkdir()
-    plain = told(tmp_path / "plain", variables)[3]
-    assert np.min(plain["pgd40/steps"]) < 3
+    # Who leaves before the end is wrong when rounded, too.
+    hasty = found["pgd40/steps"] < 3
+    assert np.any(hasty)
+    assert not np.any(found["pgd40/right"][hasty])
     levels = sample.adversarial * 255
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-3)
     assert record["attacks"]["pgd40"]["outside_the_threat"] == 0

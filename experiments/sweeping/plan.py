@@ -202,13 +202,14 @@ class Plan:
 
             through = grid.parts(one.spec, {}, self.title, self.classes).look.through
             # As in an evaluation: of a random model the worst mean is wanted, not the first one
-            # that is bad enough; and of another form of the model, or of the image once rounded,
-            # the judge may think otherwise.
+            # that is bad enough; and of another form of the model the judge may think otherwise. Of
+            # rounded images he is asked.
+            early = self.draws(one) == 1 and through is None
             rounds = one.spec["evaluation"]["eight_bit"]
-            early = self.draws(one) == 1 and through is None and not rounds
             self._programs[known] = evaluation.packed_lanes(
-                attack_of, climbed_of, self.devices, batch_size=self.room.size, early=early
-            )
+                attack_of, climbed_of, self.devices, batch_size=self.room.size,
+                early=self.judge(one) if early and rounds else early,
+            )  # fmt: skip
         return self._programs[known]
 
     def judge(self, one: Resolved) -> Any:

@@ -16,8 +16,10 @@ import numpy as np
 from rain_jax.data import as_float
 from rain_jax.evaluation import seats
 from rain_jax.evaluation.cost import Cost, Passes, cost
+from rain_jax.evaluation.counts import standing
 from rain_jax.evaluation.verdicts import (
     Found,
+    Judging,
     Lanes,
     LogitsFnOf,
     ModelOf,
@@ -55,16 +57,16 @@ def packed(
     devices: Devices,
     *,
     batch_size: int,
-    early: bool = True,
+    early: bool | Judging = True,
 ) -> Drive:
     """A program that attacks the valid images of any batches: `(variables, key, batches) -> found`.
 
     `batch_size` is how many images the model is shown at once, over all devices: with five restarts
     a fifth as many are attacked at a time. Fewer images get a batch of about their number. With
     `early` an image leaves as soon as its score is positive: right at a fixed radius, wrong where
-    the nearest image or the worst mean over draws is wanted, and where images are rounded before
-    they are judged, which may undo what has just been enough. Images get the keys that `evaluator`
-    gives them.
+    the nearest image or the worst mean over draws is wanted. Where images are rounded before they
+    are judged, which may undo what has just been enough, `early` is their judging: whoever is about
+    to leave stays if he stands. Images get the keys that `evaluator` gives them.
     """
     run = as_iteration(attack)
 
@@ -82,7 +84,7 @@ def packed_lanes(
     devices: Devices,
     *,
     batch_size: int,
-    early: bool = True,
+    early: bool | Judging = True,
     steps: int = 0,
 ) -> Drive:
     """`packed` for `Lanes`: each image is attacked by `attack_of(its values)`, in one program.
@@ -149,11 +151,22 @@ def packed_lanes(
                 devices.split(rows_of_process(ended)),
             )  # fmt: skip
             score, queries = devices.gather((score, queries))
-            done = held.valid & (ended | (looked & (score > 0) if early else False))
-            if done.any():
-                image = devices.gather(image)
+            done: np.ndarray = held.valid & (ended | (looked & (score > 0) if early else False))
+            if not done.any():
+                continue
+            image = devices.gather(image)
+
+            def leaving(done: np.ndarray, image: Any = image) -> Found:
                 batch = jax.tree.map(lambda leaf: leaf[done], held)
-                yield Found(batch, image[done], score[done], age[done], queries[done])
+                return Found(batch, image[done], score[done], age[done], queries[done])
+
+            if callable(early) and np.any(done & ~ended):
+                before = np.flatnonzero(done & ~ended)
+                seen = early(variables, key, [leaving(before)])
+                stands = [standing(verdicts.judgement) for verdicts in seen]
+                done[before[np.concatenate(stands)]] = False
+            if done.any():
+                yield leaving(done)
                 held.valid[done] = False
 
     return drive

@@ -116,6 +116,30 @@ def test_looks_at_an_image_are_its_own():
     assert set(steps % 2) == {0, 1}  # some had all
 
 
+def test_whoever_is_rounded_leaves_when_he_is_wrong_rounded():
+    """Rounding may undo what was just enough; then he goes on, and ends as if he had never left."""
+    attack, on = (
+        attacks.pgd(THREAT, steps=60, step_size=0.003),
+        place("shard_map", choose_devices(2)),
+    )
+    judge = evaluation.judging(logits_fn_of, Rules(THREAT, eight_bit=True), on, batch_size=16)
+    variables = on.replicate(WEIGHTS)
+
+    def stand(early):
+        run = evaluation.packed(attack, logits_fn_of, on, batch_size=16, early=early)
+        seen = list(judge(variables, ROOT, run(variables, ROOT, batches())))
+        order = np.argsort(np.concatenate([v.judgement.index for v in seen]))
+        steps = np.concatenate([v.steps for v in seen])[order]
+        return evaluation.standing(evaluation.join([v.judgement for v in seen])), steps
+
+    (hasty, few), (asked, some), (patient, all_) = map(stand, (True, judge, False))
+    assert not np.any(asked & ~patient)
+    assert np.all(all_ == 60)
+    assert np.all(some[asked] == 60)
+    assert np.any(hasty & ~asked)
+    assert np.mean(few) <= np.mean(some) < 60
+
+
 def test_only_valid_images_are_attacked():
     skip = [0, 3, 19, 20, 21, 82]
     found, *_ = drive(attacks.fgsm(THREAT), batch_size=16, skip=skip)
