@@ -151,7 +151,8 @@ def packed_lanes(
                 devices.split(rows_of_process(ended)),
             )  # fmt: skip
             score, queries = devices.gather((score, queries))
-            done: np.ndarray = held.valid & (ended | (looked & (score > 0) if early else False))
+            leaves = looked & (score > 0) if early else False
+            done = np.asarray(held.valid & (ended | leaves))
             if not done.any():
                 continue
             image = devices.gather(image)
