@@ -35,7 +35,7 @@ from rain_jax.types import Batch
 
 TINY = dict(steps=2, draws=2, restarts=1, queries=4, answers=2, sweep_draws=(1, 2),
             sweep_steps=(1, 2))  # fmt: skip
-RAIN = dict(name="rain", upscaler=dict(name="bicubic"), reach=0.3)
+RAIN = dict(name="rain", upscaler=dict(name="edsr", blocks=1, width=4, mean=0.5), reach=0.3)
 JPEG = dict(name="nn_jpeg", table="fd")
 VOTE = dict(key="defence.level", values=(15.0, 60.0))
 
