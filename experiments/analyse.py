@@ -4,7 +4,7 @@
 
 Looks at training images and at what PGD-10 does to them, within the threat of the run. Writes
 statistics.npz, which `config.defence.statistics` of a defence names, and statistics.png into the
-run's folder.
+run's folder. Who names the file has a copy of it in its own run's folder from then on.
 """
 
 from collections.abc import Iterator

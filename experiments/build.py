@@ -5,7 +5,9 @@ The sections of a config are `configuring`'s business, and how one becomes a cal
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,8 +256,29 @@ def pair(whole: Any, folder: Path) -> list[tuple[str, Experiment, Path]]:
     """The experiment and, where its config asks for one, its twin: name, parts, folder."""
     spec = plain(whole)
     made = [(spec.get("method", {}).get("name", "model"), experiment(spec), folder)]
-    other = twin(spec)
-    if other is not None:
-        name = other["method"]["name"]
-        made.append((name if name != made[0][0] else "twin", experiment(other), folder / "twin"))
+    with of_twin(spec.get("twin")):
+        other = twin(spec)
+        if other is not None:
+            name = other["method"]["name"]
+            name = name if name != made[0][0] else "twin"
+            made.append((name, experiment(other), folder / "twin"))
     return made
+
+
+@contextmanager
+def of_twin(changes: Any) -> Iterator[None]:
+    """What is wrong in here is told by a twin's keys: `changes` are the sections that it is given.
+
+    Of nobody's twin, with `changes` None, errors are what they are.
+    """
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        if changes is None or message.startswith("config.twin"):
+            raise
+        first = re.match(r"config\.(\w+)", message)
+        own = first is not None and first[1] in changes
+        raise UsageError(
+            f"config.twin{message.removeprefix('config') if own else f': {message}'}"
+        ) from None

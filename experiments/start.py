@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import build, loading, workdir
+from experiments.schema import located
 from rain_jax.checks import UsageError
 from rain_jax.defences.network import parts_of, with_parts
 from rain_jax.members import stacked
@@ -48,7 +49,10 @@ def check(experiment: build.Experiment, folder: Path) -> None:
             continue
         path = Path(given)
         if path.suffix not in _FILES:
-            workdir.read_config(path)
+            try:
+                workdir.read_config(path)
+            except UsageError as error:
+                raise located(f"config.start.{part}", error) from None
         elif not path.is_file():
             raise UsageError(f"config.start.{part}={given!r}: expected a file that is there")
 

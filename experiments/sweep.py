@@ -207,7 +207,7 @@ def _evaluated(place: Path, spec: dict[str, Any]) -> bool:
     """Whether a cell's run is done: trained and evaluated as its config says."""
     if not (place / "evaluation.json").exists():
         return False
-    held, wanted = workdir.read_config(place), json.loads(json.dumps(spec))
+    held, wanted = workdir.as_written(place), json.loads(json.dumps(spec))
     return not workdir.differences(held, wanted) and held["evaluation"] == wanted["evaluation"]
 
 

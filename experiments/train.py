@@ -241,8 +241,9 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     runs = build.pair(config, folder)
     # All of them now: the last one's mistake should not wait until the first one is trained.
     for _, experiment, place_of in runs:
-        check(experiment)
-        start.check(experiment, place_of)
+        with build.of_twin(None if place_of == folder else runs[0][1].config["twin"]):
+            check(experiment)
+            start.check(experiment, place_of)
     for name, experiment, place_of in runs:
         train_members([member_of(name, experiment, place_of)], partial(alone, experiment), name)
         if jax.process_index() == 0:

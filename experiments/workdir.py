@@ -1,9 +1,11 @@
 """The folder of a run: whose it is, and whether it can be written."""
 
+import filecmp
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ _FREE = (
     "config.training.tensorboard",
     "config.training.workers",
 )
+# Where a config may name a file that a model is made of, and the run's own copy of it, so that the
+# run can be moved, and stays what it is when the file is made anew. A twin's run is in `twin`.
+_STATISTICS = "defence_statistics.npz"
+_COPIES = {
+    ("defence", "statistics"): _STATISTICS,
+    ("twin", "defence", "statistics"): f"twin/{_STATISTICS}",
+}
 
 
 def differences(old: Any, new: Any, where: str = "config") -> list[str]:
@@ -37,6 +46,26 @@ def differences(old: Any, new: Any, where: str = "config") -> list[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config, files that a model is made of being the run's own copies.
+
+    Raises `UsageError` where there is none, saying what is wrong with it.
+    """
+    config = as_written(folder)
+    for path, copy in _COPIES.items():
+        section = _section(config, path)
+        if section.get(path[-1]) is not None and (folder / copy).is_file():
+            section[path[-1]] = str(folder / copy)
+    return config
+
+
+def _section(config: Any, path: Sequence[str]) -> dict[str, Any]:
+    """The one that holds the last key of `path`, or an empty one."""
+    for name in path[:-1]:
+        config = config.get(name) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def as_written(folder: Path) -> dict[str, Any]:
     """The config that a run has written, or a `UsageError` that says what is wrong with it."""
     path = folder / "config.json"
     try:
@@ -115,16 +144,30 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Makes `folder` this config's, or refuses: it is another run's, or cannot be written."""
+    """Makes `folder` this config's, or refuses: it is another run's, or cannot be written.
+
+    What a defence's statistics are in a file, the run gets a copy of.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"workdir {folder}: cannot be written ({error.strerror})") from None
     check_writable(folder)
-    if (folder / "config.json").exists():
-        old = read_config(folder)
+    claimed = (folder / "config.json").exists()
+    if claimed:
+        old = as_written(folder)
         new = json.loads(json.dumps(config))
         for line in differences(old, new):
             raise UsageError(f"workdir {folder} holds another run: {line}; name another --workdir")
+    given = _section(config, ("defence", "statistics")).get("statistics")
+    if isinstance(given, str):
+        copy = folder / _STATISTICS
+        if not claimed or not copy.exists():
+            shutil.copyfile(given, copy)
+        elif not filecmp.cmp(given, copy, shallow=False):
+            raise UsageError(
+                f"workdir {folder} holds another run: {given} is not what it was when that run "
+                f"began, of which {copy} is a copy; name another --workdir"
+            )
     write_json(folder / "config.json", config)
     write_json(folder / "provenance.json", provenance())

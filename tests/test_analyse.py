@@ -1,12 +1,14 @@
 """From a trained classifier to the tables of NN-JPEG, and published weights to RAIN's network."""
 
+import shutil
+
 import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import analyse, build, configuring, defended, loading, start, train
+from experiments import analyse, build, configuring, defended, loading, start, train, workdir
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
 from rain_jax.defences import tables
@@ -57,6 +59,47 @@ def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
     with np.load(statistics) as file:
         luma, _ = tables.nn_table(tables.Statistics(**dict(file)), 40.0)
     np.testing.assert_allclose(variables["frozen"]["defence"]["tables"]["luma"], luma)
+
+
+@pytest.fixture
+def behind_jpeg(run, tmp_path):
+    """The config of a run behind NN-JPEG and of such a twin, and the file that it names."""
+    config, folder = run
+    file = tmp_path / "statistics.npz"
+    shutil.copyfile(folder / "statistics.npz", file)
+    defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=str(file))
+    changes = [("defence", defence), ("twin", dict(defence=defence))]
+    return configuring.plain(configuring.changed(config, changes)), file
+
+
+def test_a_run_can_be_moved_without_the_file_that_it_was_made_of(behind_jpeg, tmp_path):
+    config, file = behind_jpeg
+    for _, experiment, place_of in build.pair(config, tmp_path / "run"):
+        workdir.claim(place_of, experiment.config)
+    held = file.read_bytes()
+    file.unlink()
+    with pytest.raises(UsageError, match=r"config\.defence\.statistics"):
+        build.experiment(config)
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    found = workdir.read_config(moved)
+    assert [one.config["defence"] for _, one, _ in build.pair(found, moved)] == [
+        {**config["defence"], "statistics": str(moved / copy / "defence_statistics.npz")}
+        for copy in ("", "twin")
+    ]
+    assert (moved / "defence_statistics.npz").read_bytes() == held
+    assert workdir.as_written(moved)["defence"] == config["defence"]
+
+
+def test_a_run_goes_on_by_the_statistics_that_it_began_with(behind_jpeg, tmp_path):
+    config, file = behind_jpeg
+    workdir.claim(tmp_path / "run", config)
+    workdir.claim(tmp_path / "run", config)
+    with np.load(file) as arrays:
+        others = {name: values + 1 for name, values in arrays.items()}
+    np.savez(file, **others)
+    with pytest.raises(UsageError, match="is not what it was when that run began"):
+        workdir.claim(tmp_path / "run", config)
+    workdir.claim(tmp_path / "another", config)
 
 
 def test_a_defended_run_is_refused(run):
