@@ -13,9 +13,10 @@ features and the examples of TFDS's own. FOLDER holds
   with `labels.npy`, uint8 [60000]); also in a `cifar-10-batches-bin` or `-py` within;
 - stl10: `train_X.bin`, `train_y.bin`, `test_X.bin`, `test_y.bin`, also in an `stl10_binary` within
   (the unlabelled images are left out);
-- stl10_part: `train_0.webp` .. `train_3.webp`, lossless mosaics of 100 rows by 10 columns of the
-  first 4,000 labelled training images, with `train_labels.npy`, uint8 [4000]. The last 1,000 of
-  them become its test images: a set of our own cut, not comparable with STL-10's.
+- stl10_part: `train_X.bin` and `train_y.bin` of STL-10, or `train_0.webp` .. `train_3.webp`,
+  lossless mosaics of 100 rows by 10 columns of their first 4,000 images, with `train_labels.npy`,
+  uint8 [4000]. Of these 4,000 the last 1,000 become its test images: a set of our own cut, not
+  comparable with STL-10's.
 
 `--limit=N` writes the first N images of each split at most.
 """
@@ -54,7 +55,7 @@ VERSIONS = {  # those of TFDS, and one for our own cut
     "stl10": "1.0.0",
     "stl10_part": "1.0.0",
 }
-PART_TEST = 1000  # of the 4,000 images of stl10_part
+PART, PART_TEST = 4000, 1000  # images of stl10_part, and how many of them are for testing
 
 
 def read(dataset: str, source: Path, limit: int | None = None) -> dict[str, Split]:
@@ -252,31 +253,47 @@ def _cifar_mosaic(path: Path, place: int) -> Split:
 
 
 def _read_stl10(source: Path) -> dict[str, Split]:
+    return {name: _stl10_split(source, name) for name in ("train", "test")}
+
+
+def _stl10_folder(source: Path) -> Path:
     inner = source / "stl10_binary"
-    folder = inner if inner.is_dir() else source
+    return inner if inner.is_dir() else source
 
-    def part(name: str) -> Split:
-        pixels, labels = (_bytes(folder / f"{name}_{kind}.bin") for kind in "Xy")
-        if pixels.size != labels.size * 96 * 96 * 3:
-            raise UsageError(
-                f"{folder}: damaged: {labels.size:,} labels and {pixels.size:,} bytes of pixels in "
-                f"{name}: expected 27,648 bytes for each label"
-            )
-        # Column by column, and labels from 1 on, as MATLAB has them.
-        image = pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
-        return image, labels - 1
 
-    return {"train": part("train"), "test": part("test")}
+def _stl10_split(source: Path, name: str) -> Split:
+    folder = _stl10_folder(source)
+    pixels, labels = (_bytes(folder / f"{name}_{kind}.bin") for kind in "Xy")
+    if pixels.size != labels.size * 96 * 96 * 3:
+        raise UsageError(
+            f"{folder}: damaged: {labels.size:,} labels and {pixels.size:,} bytes of pixels in "
+            f"{name}: expected 27,648 bytes for each label"
+        )
+    # Column by column, and labels from 1 on, as MATLAB has them.
+    return pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1), labels - 1
 
 
 def _read_stl10_part(source: Path) -> dict[str, Split]:
+    if (_stl10_folder(source) / "train_X.bin").is_file():
+        image, label = _stl10_split(source, "train")
+    else:
+        image, label = _mosaics_of_stl10(source)
+    if len(image) < PART:
+        raise UsageError(f"source={str(source)!r}: {len(image)} images: expected {PART:,} or more")
+    train, test = slice(PART - PART_TEST), slice(PART - PART_TEST, PART)
+    return {"train": (image[train], label[train]), "test": (image[test], label[test])}
+
+
+def _mosaics_of_stl10(source: Path) -> Split:
     from PIL import Image as pillow
 
     parts = []
     for number in range(4):
         path = source / f"train_{number}.webp"
         if not path.is_file():
-            raise UsageError(f"source={str(source)!r}: no {path.name}: expected it there")
+            raise UsageError(
+                f"source={str(source)!r}: no {path.name}: expected it there, or train_X.bin"
+            )
         with pillow.open(path) as picture:
             mosaic = np.asarray(picture.convert("RGB"))
         if mosaic.shape != (9600, 960, 3):
@@ -286,11 +303,7 @@ def _read_stl10_part(source: Path) -> dict[str, Split]:
     labels = source / "train_labels.npy"
     if not labels.is_file():
         raise UsageError(f"{labels}: no such file: expected the labels of the mosaics beside them")
-    image, label = np.concatenate(parts), np.load(labels, allow_pickle=False).astype(np.uint8)
-    return {
-        "train": (image[:-PART_TEST], label[:-PART_TEST]),
-        "test": (image[-PART_TEST:], label[-PART_TEST:]),
-    }
+    return np.concatenate(parts), np.load(labels, allow_pickle=False).astype(np.uint8)
 
 
 def _bytes(path: Path) -> np.ndarray:

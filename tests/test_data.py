@@ -495,6 +495,42 @@ def test_cifar10_is_read_as_it_is_distributed(tmp_path, cifar10, version):
             np.testing.assert_array_equal(splits[split][1], label)
 
 
+def stl10_files(folder, part, image, label):
+    """Images [N, H, W, C] as STL-10 is distributed: column by column, labels from 1 on."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{part}_X.bin").write_bytes(image.transpose(0, 3, 2, 1).tobytes())
+    (folder / f"{part}_y.bin").write_bytes((label + 1).astype(np.uint8).tobytes())
+
+
+def test_stl10_is_read_as_it_is_distributed(tmp_path):
+    label = np.arange(5, dtype=np.uint8)
+    image = np.zeros((5, 96, 96, 3), np.uint8)
+    for number in range(5):  # one pixel each: its row, its column and its channel can be told
+        image[number, 10 + number, 50, number % 3] = 100 + number
+    for part, some in (("train", slice(3)), ("test", slice(3, 5))):
+        stl10_files(tmp_path / "stl10_binary", part, image[some], label[some])
+    for source in (tmp_path, tmp_path / "stl10_binary"):
+        splits = prepare.read("stl10", source)
+        np.testing.assert_array_equal(np.concatenate([splits[s][0] for s in splits]), image)
+        np.testing.assert_array_equal(np.concatenate([splits[s][1] for s in splits]), label)
+    refused(prepare.read, "stl10_part", tmp_path, says=["3 images", "expected 4,000 or more"])
+    (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(b"\1\2")
+    refused(prepare.read, "stl10", tmp_path, says=["damaged", "2 labels", "27,648 bytes"])
+
+
+def test_our_cut_of_stl10_is_the_same_from_either_kind_of_file(tmp_path, shared_data):
+    cut = prepare.read("stl10_part", shared_data / "stl10")
+    assert {split: len(image) for split, (image, _) in cut.items()} == {"train": 3000, "test": 1000}
+    image, label = (np.concatenate([cut[split][which] for split in cut]) for which in (0, 1))
+    # The original has more, which are left out.
+    more = np.concatenate([image, 255 - image[:10]]), np.concatenate([label, label[:10]])
+    stl10_files(tmp_path, "train", *more)
+    found = prepare.read("stl10_part", tmp_path)
+    for split, parts in cut.items():
+        np.testing.assert_array_equal(found[split][0], parts[0])
+        np.testing.assert_array_equal(found[split][1], parts[1])
+
+
 def test_a_pickle_of_anything_but_arrays_is_refused(tmp_path):
     class Harm:
         def __reduce__(self):
