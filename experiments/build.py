@@ -20,7 +20,7 @@ from rain_jax import data, methods, optimisers, schedules, training
 from rain_jax.checks import UsageError, within
 from rain_jax.methods.awp import awp
 from rain_jax.methods.free import free
-from rain_jax.methods.members import side_by_side
+from rain_jax.methods.members import apart, side_by_side
 from rain_jax.methods.rat import carrying
 from rain_jax.parallel import check_batch_size, choose_devices, with_statistics
 from rain_jax.types import Attack, Method, Network, Objective, Threat
@@ -55,6 +55,8 @@ class Experiment(NamedTuple):
         replays = self.training.replays
         total, per_epoch = plan.total * replays, plan.per_epoch * replays
         optimiser, average = self.optimiser(total, per_epoch), self.average(total, per_epoch)
+        if self.assembly.together:
+            optimiser = apart(optimiser)
         if replays == 1:
             return training.minimise(
                 self.objective, optimiser, average=average, sums=self.parallel.sums
@@ -187,6 +189,11 @@ def experiment(whole: Any) -> Experiment:
     optimiser(plan.total, plan.per_epoch)
     if parts["training"].replays > 1 and group is not None:
         raise UsageError("config.training.replays: expected 1 for an ensemble")
+    if parts["training"].replays > 1 and spec["method"]["name"] != "natural":
+        raise UsageError(
+            f"config.training.replays={parts['training'].replays}: expected 1 beside the method "
+            f"{spec['method']['name']!r}: Free-AT attacks by the gradients of the method 'natural'"
+        )
     assembly = assembled(splits.train.classes)
     network = assembly.network
     if spec["method"].get("name") == "rat":

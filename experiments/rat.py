@@ -48,9 +48,9 @@ from experiments.perturbations import (
 )
 from experiments.schema import call, filled, make
 from rain_jax import methods
-from rain_jax.checks import UsageError, one_of
+from rain_jax.checks import UsageError, one_of, within
 from rain_jax.methods.rat import carrying, with_perturbations, without_perturbations
-from rain_jax.parallel import Devices, initialise
+from rain_jax.parallel import Devices, initialise, with_statistics
 from rain_jax.types import Variables
 
 
@@ -87,7 +87,9 @@ def experiment(whole: Any) -> tuple[build.Experiment, Rounds]:
         raise UsageError("config.defence: expected None: RAT trains a bare classifier")
     # Without its own method, which expects in the state what only this command puts there.
     built = build.experiment({**spec, "method": {"name": "natural"}})
-    objective = make("config.method", methods, method, network=built.network)
+    within("config.training.replays", built.training.replays, 1, 1)
+    network = with_statistics(built.parallel.statistics, built.network)
+    objective = make("config.method", methods, method, network=network)
     built = built._replace(config=spec, network=carrying(built.network), objective=objective)
     return built, call("config.rat", rounds, own, threat=built.threat)
 

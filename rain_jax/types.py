@@ -165,7 +165,9 @@ class Network(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images with what belongs to each. Padding has `valid` False and counts for nothing."""
+    """Images with what belongs to each. Padding has `valid` False and counts for nothing, but in
+    batch normalisation, which training feeds whole batches.
+    """
 
     image: Array  # [B, H, W, C], float32 in [0, 1]; uint8 on its way from a source
     label: Array  # [B] int32

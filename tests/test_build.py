@@ -418,6 +418,13 @@ def test_mistakes_in_them_are_told(change, says):
         build.experiment(configuring.changed(small(), [change]))
 
 
+def test_replays_are_of_natural_training():
+    method, training = dict(name="adversarial", attack=PGD), dict(batch_size=32, replays=2)
+    says = "config.training.replays=2: expected 1 beside the method 'adversarial'"
+    refused(lambda: build.experiment(small(method=method, training=training)), says)
+    assert build.experiment(small(training=training)).training.replays == 2
+
+
 def test_replays_are_steps_of_the_schedule_and_are_restored(tmp_path, capsys):
     config = configuring.changed(
         small(),

@@ -6,12 +6,16 @@ import json
 import shutil
 
 import commands
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import build, configuring, perturbations, rat, train
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
+from rain_jax.parallel import AXIS
+from rain_jax.types import Batch
 
 RADIUS = 0.25
 SHARED = dict(
@@ -133,6 +137,25 @@ def test_rounds_draw_apart(config):
     assert all(one.config["seed"] == one.seed for one in rounds)
 
 
+@pytest.mark.parametrize("of", ["all", "device"])
+def test_a_device_normalises_by_its_own_images_where_it_is_told_to(config, of):
+    changes = [("parallel.statistics", of), ("network.batch_norm", True)]
+    built, _ = rat.experiment(rat.changed(config, changes))
+    images = jax.random.uniform(jax.random.key(0), (2, 6, 8, 8, 1))
+    variables = built.network.init(jax.random.key(1), images[0])
+    params = variables.pop("params")
+
+    def losses(images):  # of two devices
+        index = jnp.arange(6)
+        one = lambda own: built.objective(
+            params, variables, jax.random.key(2), Batch(own, index, index, index >= 0), AXIS
+        )[0]
+        return jax.vmap(one, axis_name=AXIS)(images)
+
+    before, after = losses(images), losses(images.at[1].multiply(0.5))
+    assert (abs(before[0] - after[0]) < 1e-6) == (of == "device")
+
+
 def test_the_config_in_the_house_is_one_of_this_command():
     path = str(commands.ROOT / "experiments/configs/rat/mnist.py")
     spec = load_config(path)
@@ -148,6 +171,7 @@ def test_the_config_in_the_house_is_one_of_this_command():
         (("rat.radius", 8), "did you mean 8/255"),
         (("rat.delta", 0.2), "config.rat.delta: no such key"),
         (("method.scale", "two"), "config.method.scale='two'"),
+        (("training.replays", 2), "config.training.replays=2"),
         (("method.name", "natural"), "config.method.name='natural': expected one of rat"),
         (("start.classifier", None), "config.start.classifier is missing"),
         (("threat.norm", "l1"), "config.rat"),

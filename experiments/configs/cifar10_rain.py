@@ -16,7 +16,7 @@ from experiments.recipes import EOT_PGD20, cifar10_small
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """SGD with the authors' momentum, weight decay and learning rate."""
+    """SGD with the authors' momentum and weight decay, and ten times their rate."""
     return config(
         seed=0,
         **cifar10_small(),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, one_of
 from rain_jax.defences.compose import BATCH_AXIS, form
-from rain_jax.members import How, over_members, stacked
+from rain_jax.members import over_members, stacked
 from rain_jax.types import (
     Array,
     AxisName,
@@ -109,11 +109,13 @@ def ensemble(
     networks: Sequence[Network],
     combine: Callable[[Array], Array],
     *,
-    how: How = "auto",
+    how: Literal["unroll", "vmap"] = "unroll",
 ) -> Network:
     """Several networks of one structure, whose logits [M, K] `combine` makes one [K].
 
-    Their variables are stacked along a new first axis [M]; `how` is as in `members.over_members`.
+    Their variables are stacked along a new first axis [M]. With `how="vmap"` they run as one, which
+    is only right of networks that are the same function of their variables: members that differ in
+    a setting are not, unless it is a table among these.
     """
     if not networks:
         raise UsageError("networks=(): expected one at least")

@@ -41,7 +41,7 @@ def rain(
     `reach=0` leaves the shift out, and `down="bicubic"` takes a fixed cubic interpolation
     (a = -0.75, no filter against aliasing) in place of the picks; the authors' code can do both.
     It draws one shift for a whole batch. Here each image draws its own: the law for one image is
-    the same, and depends on no batch.
+    the same, and depends on no batch. With `shared_shift` the images of one device share one.
 
     How to attack it: everything is differentiable, so by expectation over draws (`eot`). To the
     image, the gradient passes the clip as if it were not there, so that no pixel at a bound is out

@@ -50,8 +50,8 @@ def against(attack: Attack) -> Attack:
     """The attack on soft labels: its target is probabilities [K].
 
     It is shown two logits (0, g) whose cross-entropy with label 0 is the soft cross-entropy L, so
-    g = log(e^L - 1), and the gradient is that of L. Attacks that climb another loss climb a
-    function that grows with L.
+    g = log(e^L - 1), and the gradient is that of L. Attacks that climb margins climb a
+    function that grows with L; the KL divergence from a clean image's two grows both ways.
     """
 
     def run(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:

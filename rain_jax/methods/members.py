@@ -1,11 +1,13 @@
 """Several models that train side by side, each by its own objective, in one program."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from rain_jax.members import How, over_members
+from rain_jax.members import over_members
 from rain_jax.types import (
     Array,
     AxisName,
@@ -15,17 +17,20 @@ from rain_jax.types import (
     ModelState,
     Objective,
     Params,
+    PyTree,
     Scalar,
 )
 
 
-def side_by_side(objectives: Sequence[Objective], *, how: How = "auto") -> Objective:
+def side_by_side(
+    objectives: Sequence[Objective], *, how: Literal["unroll", "vmap"] = "unroll"
+) -> Objective:
     """The sum of the members' losses, so that each one's gradient is its own.
 
     Parameters and states are stacked along a new first axis [M]; all members see the same images
     and draw by keys of their own. The metrics are means over members, the loss is their sum.
-    `how` is as in `members.over_members`. With optimisers that work weight by weight every
-    member trains as if it were alone.
+    With `apart` around its optimiser every member trains as if it were alone. `how` is as in
+    `defences.network.ensemble`.
     """
 
     def objective(
@@ -44,3 +49,19 @@ def side_by_side(objectives: Sequence[Objective], *, how: How = "auto") -> Objec
         return jnp.sum(losses), (model_state, means)
 
     return objective
+
+
+def apart(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser of each member by itself, for parameters that are stacked [M, ...].
+
+    What looks at more than single weights, a gradient's norm or an array's rank, sees those of one
+    member. Its state is stacked, too.
+    """
+
+    def update(
+        gradients: PyTree, state: PyTree, params: PyTree | None = None, **more: Any
+    ) -> tuple[PyTree, PyTree]:
+        each = jax.vmap(lambda g, s, p: optimiser.update(g, s, p, **more))
+        return each(gradients, state, params)
+
+    return optax.GradientTransformation(jax.vmap(optimiser.init), update)

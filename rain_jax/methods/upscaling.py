@@ -62,11 +62,11 @@ def upscaling(
         raise UsageError(f"crop={crop}: expected an even number of pixels")
 
     def loss(params: Params, model_state: ModelState, key: Key, image: Image) -> Scalar:
-        crop_key, flip_key, down_key = jax.random.split(key, 3)
+        crop_key, flip_key, down_key, turn_key = jax.random.split(key, 4)
         image = to_even(image) if crop is None else random_crop(crop_key, image, size=crop)
         image = augment(flip_key, image, flip=flip)
         if turn:
-            image = random_turn(jax.random.fold_in(flip_key, 1), image)
+            image = random_turn(turn_key, image)
         found = upscaler.apply({"params": params, **model_state}, DOWN[down](down_key, image))
         return jnp.mean(jnp.abs(found - image))
 

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rain_jax import models
+from rain_jax import models, optimisers
 from rain_jax.checks import UsageError
-from rain_jax.defences import gaussian_noise, nn_jpeg, rain
+from rain_jax.defences import bit_depth, gaussian_noise, nn_jpeg, rain
 from rain_jax.defences.compose import defend
 from rain_jax.defences.network import ensemble, in_front, parts_of, with_parts
 from rain_jax.defences.vote import mean_logits, vote_scores
 from rain_jax.members import over_members, stacked
 from rain_jax.methods import natural
-from rain_jax.methods.members import side_by_side
+from rain_jax.methods.members import apart, side_by_side
 from rain_jax.models import upscalers
 from rain_jax.types import Batch, Network
 
@@ -157,6 +157,53 @@ def test_members_train_as_if_alone(how):
         )  # fmt: skip
     np.testing.assert_allclose(loss, total, rtol=1e-5)
     np.testing.assert_allclose(metrics["correct"], right / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_members_keep_their_own_settings_wherever_they_run(backend, monkeypatch):
+    """Settings that no variable holds: as one function of the variables all would be the first."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    networks = [in_front(bit_depth(bits=bits), CLASSIFIER) for bits in (1, 8)]
+    variables = stacked([made(networks[0])] * 2)
+    alone = [n.apply(made(n), IMAGES)[0] for n in networks]
+    logits, _ = ensemble(networks, lambda each: each[1] - each[0]).apply(variables, IMAGES)
+    np.testing.assert_allclose(logits, alone[1] - alone[0], atol=1e-5)
+    assert float(jnp.max(jnp.abs(logits))) > 1e-3
+    losses = [natural(n)({**made(n)["params"]}, rest(n), KEYS[0], BATCH)[0] for n in networks]
+    state = {name: held for name, held in variables.items() if name != "params"}
+    whole = side_by_side([natural(n) for n in networks])
+    found, _ = whole(variables["params"], state, KEYS[0], BATCH)
+    np.testing.assert_allclose(found, sum(losses), rtol=1e-5)
+    assert abs(float(losses[0] - losses[1])) > 1e-3
+
+
+def rest(network):
+    return {name: held for name, held in made(network).items() if name != "params"}
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optimisers.sgd(0.1, weight_decay=0.5, decay="kernels", clip=1.0),
+        optimisers.adam(0.1, weight_decay=0.5),
+    ],
+)
+def test_members_are_decayed_and_clipped_as_if_alone(optimiser):
+    """A bias of each of two is an array of rank two."""
+    each = [
+        made(CLASSIFIER)["params"],
+        jax.tree.map(lambda leaf: leaf + 1, made(CLASSIFIER)["params"]),
+    ]
+    slopes = [
+        jax.tree.map(lambda leaf, s=s: s * jnp.ones_like(leaf), p)
+        for s, p in zip((0.01, 9.0), each, strict=True)
+    ]
+    together, both = stacked(each), stacked(slopes)
+    moved, _ = apart(optimiser).update(both, apart(optimiser).init(together), together)
+    alone = [
+        optimiser.update(s, optimiser.init(p), p)[0] for s, p in zip(slopes, each, strict=True)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moved, stacked(alone))
 
 
 def test_members_know_their_numbers():

@@ -92,6 +92,20 @@ def test_a_quarter_of_the_turned_images_stand_as_they_were():
     assert 0.15 < stood(turn=True) < 0.35
 
 
+def test_every_turn_occurs_mirrored_and_not():
+    """Draws of their own: the eight ways to lay a square, each as often."""
+    image, aim = (jax.random.uniform(jax.random.key(seed), (4, 4, 1)) for seed in (1, 2))
+    fixed = Upscaler(lambda key, image: {"params": {}}, lambda variables, half: aim, 2)
+    objective = upscaling(fixed, turn=True)
+    keys = jax.random.split(jax.random.key(0), 400)
+    losses = jax.vmap(lambda key: objective({}, {}, key, batch_of(image[None]))[0])(keys)
+    lain = [np.rot90(side, times) for side in (image, image[:, ::-1]) for times in range(4)]
+    expected = np.array([np.mean(np.abs(one - np.asarray(aim))) for one in lain])
+    found = np.argmin(np.abs(np.asarray(losses)[:, None] - expected), axis=1)
+    np.testing.assert_allclose(losses, expected[found], atol=1e-6)
+    assert np.bincount(found, minlength=8).min() > 25
+
+
 def test_psnr_by_hand():
     image = jnp.full((4, 4, 3), 0.5)
     np.testing.assert_allclose(psnr(image + 0.1, image), 20.0, atol=1e-3)
