@@ -126,6 +126,7 @@ def figure(path: Path, record: dict[str, Any]) -> None:
             ax.axhline(100 * told["clean"]["accuracy"], color=f"C{place_}", ls="--", lw=0.8)
         ax.set_title(family.replace("_", " "), fontsize=9)
         ax.set_xticks(SEVERITIES)
+        ax.tick_params(labelbottom=True)  # the lowest of a column is not in the last row everywhere
         ax.set_ylim(0, 100)
     drawn.supxlabel("severity", fontsize=9)
     drawn.supylabel("per cent right", fontsize=9)

@@ -61,7 +61,7 @@ def evaluate(
             bar.advance(1)
     measured = measure(experiment, variables, name, folder)
     proven = proven_of(experiment, measured, variables, name)
-    checks = [] if probe is None else sanity.flags(experiment, measured, probe)
+    checks = None if probe is None else sanity.flags(experiment, measured, probe)
     if jax.process_index() == 0:
         told = record.described(experiment, measured, name, step, checks)
         if proven is not None:
@@ -94,8 +94,10 @@ def evaluate(
         notes += (*proven.notes(), *_not_climbed(experiment))
         if not proven.valid:
             counts.pop("worst case", None)
-    failed = [check for check in checks if not check.passed]
-    notes += tuple(f"FLAG, a check that failed: {check.name} ({check.told})" for check in failed)
+    failed = [check for check in checks or () if not check.passed]
+    notes += tuple(check.flag() for check in failed)
+    if checks is None:
+        notes += ("no checks were made (config.evaluation.checks=False)",)
     return report.Row(name, counts, notes, bool(failed)), sample
 
 

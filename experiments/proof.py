@@ -31,6 +31,10 @@ class Check(NamedTuple):
     passed: bool
     told: str
 
+    def flag(self) -> str:
+        """The line about one that did not pass."""
+        return f"FLAG, does not hold: {self.name} ({self.told})"
+
 
 class Proof(NamedTuple):
     """The checks of a ladder, and the sweep over draws and steps."""

@@ -69,9 +69,13 @@ def write(folder: Path, record: dict[str, Any], measured: Measured, *, save_imag
 
 
 def described(
-    experiment: build.Experiment, measured: Measured, name: str, step: int, checks: Sequence[Check]
+    experiment: build.Experiment,
+    measured: Measured,
+    name: str,
+    step: int,
+    checks: Sequence[Check] | None,
 ) -> dict[str, Any]:
-    """What evaluation.json says."""
+    """What evaluation.json says; of `checks` None, that none were made."""
     stands = {title: counted(share) for title, share in measured.stands.items()}
     clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
@@ -115,8 +119,8 @@ def described(
             for title, column in measured.distances.items()
         },
         "broken_by": _broken_by(measured),
-        "checks": [check._asdict() for check in checks],
-        "flagged": not all(check.passed for check in checks),
+        "checks": [check._asdict() for check in checks or ()],
+        "flagged": None if checks is None else not all(check.passed for check in checks),
         "draws": experiment.evaluation.draws,
         "eight_bit": experiment.evaluation.eight_bit,
         "condition": experiment.evaluation.condition,

@@ -283,6 +283,9 @@ def _of_the_attacks(
         if not measured.cascade:
             rise = float(np.mean(judged[strongest].margin - clean.margin))
             found.append(Check("the margin rises", rise > 0, f"by {rise:.3g}, by {strongest}"))
+    for title in counted:
+        if outside := int(np.sum(~judged[title].allowed)):
+            found.append(Check(f"{title} keeps to the threat", False, f"{outside:,} images do not"))
     for title in white:
         still = int(np.sum((judged[title].distance == 0) & judged[title].right))
         given = len(judged[title].index)

@@ -192,10 +192,18 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
         "images": records[0]["images"],
         **_axes(asked, cells),
         "cells": found,
-        "checks": [check for record in records for check in record["checks"]],
+        "checks": [
+            {**check, "cell": {names[key]: value for key, value in cell.items()}}
+            for cell, record in zip(cells, records, strict=True)
+            for check in record["checks"]
+        ],
         "flagged": flagged,
         "provenance": provenance(),
     }
+
+
+def _shown(cell: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in cell.items())
 
 
 def _named(cell: Cell, names: dict[str, str]) -> str:
@@ -230,17 +238,41 @@ def main(asked: Asked, folder: Path) -> None:
     if record is None:
         print(f"share {number} of {count} is done; others are not", flush=True)
         return
+    replaced = _replaced(folder / "sweep.json", record)
     write_json(folder / "sweep.json", record)
     told.figure(folder / "sweep.png", record)
     # Where runs are trained each has attacks of its own.
     under = f" under {record['attack']}, {record['norm']}" if "attack" in record else ""
-    lines = [f"FLAG, a check that failed: {c['name']} ({c['told']})" for c in record["checks"]
-             if not c["passed"]]  # fmt: skip
+    lines = [
+        Check(c["name"], c["passed"], c["told"]).flag()
+        + (f", {_shown(c['cell'])}" if "cell" in c else "")
+        for c in record["checks"]
+        if not c["passed"]
+    ]
     print(
         f"\nPer cent right of {record['images']:,} test images{under}, 95 % intervals\n\n"
-        + "\n".join([told.printed(record), "", *lines, f"{folder} holds sweep.json and sweep.png"]),
+        + "\n".join(
+            [
+                told.printed(record),
+                "",
+                *lines,
+                *replaced,
+                f"{folder} holds sweep.json and sweep.png",
+            ]
+        ),
         flush=True,
     )
+
+
+def _replaced(path: Path, record: dict[str, Any]) -> list[str]:
+    """A line about the sweep over other axes that was here before."""
+    try:
+        axes = json.loads(path.read_text())["axes"]
+    except (OSError, ValueError, KeyError):
+        return []
+    if axes == json.loads(json.dumps(record["axes"])):
+        return []
+    return [f"{path.parent} held another sweep, over {', '.join(axes)}; it is replaced"]
 
 
 def arguments(argv: Sequence[str]) -> list[str]:

@@ -138,7 +138,8 @@ def from_torch(module: torch.nn.Module, *, random: bool = False) -> LogitsFn:
     However often `jax.vmap` maps it (restarts, draws, a batch), PyTorch gets all images in one
     call; `jit`, `scan` and `shard_map` work too, the devices then taking turns at the one module.
     The module is put into evaluation mode and stays on the device of its first parameter, outside
-    of JAX's programs: images go there and back. On the CPU backend they do so without JAX's
+    of JAX's programs: images go there and back, on the way as float32, in the module as what its
+    first parameter is. On the CPU backend they do so without JAX's
     `pure_callback`, whose conversions can wait for the thread that waits for them.
 
     A forward pass under differentiation keeps PyTorch's graph until the backward pass, which asks
@@ -150,6 +151,8 @@ def from_torch(module: torch.nn.Module, *, random: bool = False) -> LogitsFn:
     together, so that here an image does feel its neighbours; without `random`, a module that draws
     nevertheless answers all keys alike where they come with one image, which EOT must not have.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"module={module!r:.60}: expected a torch.nn.Module")
     module.eval()
     theirs = _Theirs(module, random)
 
@@ -201,6 +204,7 @@ class _Theirs:
         self._module, self._random = module, random
         first = next(module.parameters(), None)
         self._device = torch.device("cpu") if first is None else first.device
+        self._dtype = torch.float32 if first is None else first.dtype
         self._kept: _Kept | None = None
         # The generator and the graph are one each, and several devices may ask at once.
         self._lock = threading.Lock()
@@ -209,9 +213,12 @@ class _Theirs:
     def _classes(self, shape: tuple[int, ...]) -> int:
         with self._lock, torch.no_grad(), torch.random.fork_rng():
             seen = self._images(np.zeros(shape, np.float32))
-            logits = self._module(seen)
-        if logits.ndim != 2:
-            raise UsageError(f"the module gives {list(logits.shape)}: expected logits [N, K]")
+            logits = self._module(seen.to(self._dtype))
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits)
+            raise UsageError(
+                f"the module gives {getattr(found, '__name__', found)}: expected logits [N, K]"
+            )
         return logits.shape[1]
 
     def _images(self, images: np.ndarray) -> torch.Tensor:
@@ -219,11 +226,12 @@ class _Theirs:
         return torch.tensor(np.moveaxis(batch, -1, 1), device=self._device)
 
     def _passed(self, bits: bytes, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self._dtype)
         if not self._random:
-            return self._module(images)
+            return self._module(images).float()
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(bits))
-            return self._module(images)
+            return self._module(images).float()
 
     def _with_graph(self, bits: bytes, images: torch.Tensor) -> _Kept:
         with torch.enable_grad():

@@ -61,6 +61,17 @@ def within(
     return value
 
 
+def whole(where: str, value: Any, low: float, high: float | None = None) -> Any:
+    """`within`, of a whole number; tracers pass."""
+    within(where, value, low, high)
+    is_whole = isinstance(value, jax.core.Tracer) or np.issubdtype(
+        np.asarray(value).dtype, np.integer
+    )
+    if not is_whole:
+        raise UsageError(f"{where}={value!r}: expected a whole number")
+    return value
+
+
 def pixel_distance(where: str, value: Any, high: float = 1.0) -> Any:
     """A distance in pixel values of [0, 1]; 8 where 8/255 is meant is the field's oldest slip."""
     hint = ""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.types import Array, Estimator, Image, Key, PyTree, Scalar
 
 __all__ = ["eot", "exact", "nes", "spsa"]
@@ -23,7 +23,7 @@ def eot(draws: int = 20) -> Estimator:
     Value, gradient and what comes with them are means over the same draws, so what is judged on
     them is the mean and never the last draw. The draws run side by side: memory grows with them.
     """
-    within("draws", draws, 1)
+    whole("draws", draws, 1)
 
     def estimator(function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
         one = jax.value_and_grad(function, argnums=1, has_aux=True)
@@ -55,7 +55,7 @@ def spsa(draws: int = 128, scale: float = 0.01, answers: int = 1) -> Estimator:
 
 def _both_ways(sample: Callable[..., Array], draws: int, scale: float, answers: int) -> Estimator:
     """The mean of direction x slope, whose expectation is the gradient of a linear function."""
-    within("draws", draws, 1)
+    whole("draws", draws, 1)
     within("scale", scale, above=0.0)
     within("answers", answers, 1)
 

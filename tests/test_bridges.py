@@ -295,10 +295,29 @@ def test_a_module_is_put_into_evaluation_mode():
     assert not module.training
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_modules_of_other_precisions_get_images_of_theirs(kind):
+    """Of three pixels, which no precision rounds."""
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2)).to(kind)
+    logits_fn = from_torch(module)
+    image = jnp.array([[[0.0, 0.5, 1.0]]])
+    weight, bias = (p.detach().float().numpy() for p in module.parameters())
+    logits = logits_fn(jax.random.key(0), image)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, weight @ [0.0, 0.5, 1.0] + bias, atol=0.02)
+    slope = jax.grad(lambda x: logits_fn(jax.random.key(0), x)[1])(image)
+    np.testing.assert_allclose(slope[0, 0], weight[1], rtol=1e-5)
+
+
 def test_modules_without_logits_are_refused():
     found = from_torch(torch.nn.Identity())
     with pytest.raises(UsageError, match=r"the module gives \[1, 3, 10, 10\]: expected logits"):
         found(KEYS[0], IMAGES[0])
+    pair = torch.nn.LSTM(SIZE, 2)  # gives two things
+    with pytest.raises(UsageError, match=r"the module gives tuple: expected logits"):
+        from_torch(torch.nn.Sequential(torch.nn.Flatten(0, 2), pair))(KEYS[0], IMAGES[0])
+    with pytest.raises(UsageError, match=r"module=<function .*: expected a torch.nn.Module"):
+        from_torch(ours)
 
 
 ONE_CORE = """

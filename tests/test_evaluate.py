@@ -117,6 +117,12 @@ def test_the_hash_of_the_data_knows_each_pixel(tmp_path, variables):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_who_was_not_looked_into_is_not_said_to_be_sound(tmp_path, variables):
+    row, _, record, _ = told(tmp_path, variables, checks=False)
+    assert (record["checks"], record["flagged"]) == ([], None)
+    assert any("no checks were made" in note for note in row.notes)
+
+
 def test_the_record_has_the_fields_of_robustbench(tmp_path, variables):
     _, _, record, _ = told(tmp_path, variables, checks=False)
     # Of `robustbench.utils.ModelInfo`, version 1.1.

@@ -404,9 +404,17 @@ def test_a_withheld_number_is_not_shown_and_a_flagged_one_is_marked(tmp_path):
     assert table.rows[1][3].mark == "†"
     assert all("far falls (9 % left)" in note for note in table.notes)
     assert "no worst case is given" in table.notes[0]
+    assert not any("no checks" in note for note in table.notes)
     assert "pgd: 2 images broke the rules" in table.notes[1]
     # Nor does the figure draw it.
     assert "withheld" in tables.as_csv(table)
+
+
+def test_a_number_that_nothing_was_held_against_for_want_of_looking_is_marked(tmp_path):
+    found = shown(write_run(tmp_path / "a", {**record_of(), "checks": [], "flagged": None}))
+    table = found["results"].table
+    assert table.rows[0][3].mark == "†"
+    assert "no checks were made" in table.notes[0]
 
 
 def test_a_flag_stands_beside_every_number_it_is_about_in_every_face(tmp_path):
@@ -423,7 +431,7 @@ def test_a_flag_stands_beside_every_number_it_is_about_in_every_face(tmp_path):
     radii = csv.DictReader(io.StringIO(tables.as_csv(found["radius"].table)))
     assert {(line["run"], line["accuracy mark"]) for line in radii} == {("a", ""), ("b", "!")}
     for name in "attacks", "results", "radius":
-        assert any("b: fails: far falls" in note for note in found[name].table.notes)
+        assert any("b: does not hold: far falls" in note for note in found[name].table.notes)
         shown_ = [x for x in tables.as_latex(found[name].table).splitlines() if x[:1] != "%"]
         assert any("far falls" in line for line in shown_)
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 from experiments import build, configuring, evaluate, proof, report, sanity
 from experiments.journal import FOLDER
+from rain_jax import attacks
 from rain_jax.checks import UsageError
 from rain_jax.types import Network
 
@@ -280,9 +281,7 @@ def test_a_quantised_model_is_flagged_wherever_its_number_stands(experiment_of, 
     table = report.results_table([row])
     assert f"{report.percent(row.columns['pgd'])} !" in table
     assert all("!" not in line for line in table.splitlines() if line.startswith("clean"))
-    assert (
-        "model: FLAG, a check that failed: images have gradients (80 of 80 images without)" in table
-    )
+    assert "model: FLAG, does not hold: images have gradients (80 of 80 images without)" in table
 
 
 def test_gradients_that_are_not_there_or_not_numbers_are_flagged(experiment_of):
@@ -338,6 +337,18 @@ def test_an_attack_that_finds_less_than_a_short_one_is_flagged(experiment_of, tm
     assert {
         f"{title} finds little that this evaluation did not" for title in ("PGD-40", "fmn")
     } <= failing(record["checks"])
+
+
+def test_an_attack_that_leaves_the_threat_is_flagged(experiment_of, tmp_path):
+    """Its images count as unbroken, so that the model looks as good as on clean ones."""
+    experiment = experiment_of(sound, pgd=PGD, fgsm=FGSM)
+    wide = experiment.threat._replace(radius=2 * experiment.threat.radius)
+    given = experiment.looks["pgd"]._replace(attack=attacks.pgd(wide, steps=5, step_size=1.0))
+    row, record = told(experiment._replace(looks={**experiment.looks, "pgd": given}), tmp_path)
+    assert record["attacks"]["pgd"]["outside_the_threat"] > 0
+    assert "pgd keeps to the threat" in failing(record["checks"])
+    assert "fgsm keeps to the threat" not in failing(record["checks"])
+    assert any(note.startswith("FLAG, does not hold: pgd keeps to") for note in row.notes)
 
 
 def test_an_attack_that_descends_is_flagged(experiment_of, tmp_path):

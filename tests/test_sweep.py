@@ -316,6 +316,17 @@ def test_shares_are_merged_by_whoever_is_last(trained, numbers, tmp_path):
         np.testing.assert_array_equal(verdicts["stands"], stands)
 
 
+def test_another_sweep_is_replaced_with_a_word(tmp_path):
+    path = tmp_path / "sweep.json"
+    record = {"axes": {"radius": [0.1, 0.2], "seed": (1, 2)}}
+    assert sweep._replaced(path, record) == []
+    path.write_text(json.dumps(record))
+    assert sweep._replaced(path, record) == []
+    assert sweep._replaced(path, {"axes": {"radius": [0.1]}}) == [
+        f"{tmp_path} held another sweep, over radius, seed; it is replaced"
+    ]
+
+
 def test_nothing_of_another_sweep_is_taken(trained, numbers):
     _, folder = numbers
     one = plan.Plan(asked(*NUMBERS, f"sweep.axes.run={trained}"), folder)
@@ -481,7 +492,7 @@ def test_factors_are_told_from_steps(values, expected):
     assert told.geometric(values) == expected
 
 
-def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch):
+def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch, capsys):
     """Training itself has tests of its own: here it leaves what it leaves."""
     trained_now = []
 
@@ -489,7 +500,10 @@ def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch):
         trained_now.append(folder.name)
         right = 5 * config.seed
         row = counted(np.arange(20) < right)
-        record = dict(worst_case=row, clean=row, data="digits", images=20, checks=[], flagged=False)
+        checks = [dict(name="so", passed=config.seed == 1, told="or not")]
+        record = dict(
+            worst_case=row, clean=row, data="digits", images=20, checks=checks, flagged=False
+        )
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(configuring.plain(config)))
         (folder / "evaluation.json").write_text(json.dumps(record))
@@ -503,6 +517,7 @@ def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch):
     assert trained_now == ["seed=2,weight_decay=0.0", "seed=1,weight_decay=0.0"]
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [(cell["seed"], cell["accuracy"]) for cell in record["cells"]] == [(1, 0.25), (2, 0.5)]
+    assert "FLAG, does not hold: so (or not), seed 2, weight_decay 0.0" in capsys.readouterr().out
     # Under other settings what lies there is another run's.
     other = [*axes, "threat.radius=0.2"]
     monkeypatch.setattr(sweep.train, "main", lambda config, folder: trained_now.append("again"))

@@ -52,7 +52,9 @@ class Run(NamedTuple):
         """What the record itself holds against its numbers."""
         record = self.evaluation or {}
         checks = [*record.get("checks", []), *record.get("ladder", {}).get("checks", [])]
-        found = [f"fails: {c['name']} ({c['told']})" for c in checks if not c["passed"]]
+        found = [f"does not hold: {c['name']} ({c['told']})" for c in checks if not c["passed"]]
+        if "checks" in record and not checks:
+            found.append("no checks were made")
         if record and record.get("worst_case") is None:
             found.append("no worst case is given")
         for title, row in record.get("attacks", {}).items():

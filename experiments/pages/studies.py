@@ -147,7 +147,7 @@ def _studied(run: Run, name: str, record: Record) -> Iterator[Exhibit]:
         if len({cell.get("where") for cell in cells}) == 1:
             cells = [{k: value for k, value in cell.items() if k != "where"} for cell in cells]
         failed = [check for check in record.get("checks", []) if not check["passed"]]
-        flags = [f"fails: {check['name']} ({check['told']})" for check in failed]
+        flags = [f"does not hold: {check['name']} ({check['told']})" for check in failed]
         yield from swept(slug, title, f"All accuracies in {name}.json.", cells, flags=flags)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rain_jax.attacks.pgd import Aim, comparison, rival
 from rain_jax.attacks.restarts import restarted, side_by_side
-from rain_jax.checks import within
+from rain_jax.checks import whole
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, dlr_targeted, margin
 from rain_jax.norms import expect, l1, l2, linf, project, random_start
@@ -227,7 +227,7 @@ def adaptive_ascent(
 
     Raises `UsageError` for another norm, or fewer than one step.
     """
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     expect(threat, "Auto-PGD", linf, l2, l1)
     estimate = exact() if estimator is None else estimator
     compared = comparison(loss, aim, estimate)
@@ -335,7 +335,7 @@ def apgd_t(
     `targets` of them side by side, or all the others where there are fewer (arXiv:2003.01690).
     With two classes the loss is the difference of the two logits. AutoAttack takes 5 in L1.
     """
-    within("targets", targets, 1)
+    whole("targets", targets, 1)
 
     def towards(rank: Any) -> Iteration:
         return adaptive_ascent(

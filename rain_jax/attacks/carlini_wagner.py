@@ -8,7 +8,7 @@ import optax
 
 from rain_jax.attacks.deepfool import mean_logits
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l2, linf
@@ -115,8 +115,8 @@ def carlini_wagner(
     distance. At a finite radius no bound is larger than the radius.
     """
     expect(threat, "Carlini & Wagner", l2, linf)
-    within("steps", steps, 1)
-    within("searches", searches, 1, steps)
+    whole("steps", steps, 1)
+    whole("searches", searches, 1, steps)
     within("step_size", step_size, above=0.0)
     within("confidence", confidence, 0.0)
     within("initial_constant", initial_constant, above=0.0)

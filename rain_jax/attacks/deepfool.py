@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import margin
 from rain_jax.types import (
@@ -109,8 +109,8 @@ def deepfool(
 
     Raises `UsageError` for fewer than one step or two candidates, or a negative overshoot.
     """
-    within("steps", steps, 1)
-    within("candidates", candidates, 2)
+    whole("steps", steps, 1)
+    whole("candidates", candidates, 2)
     within("overshoot", overshoot, 0.0)
     estimate = exact() if estimator is None else estimator
 

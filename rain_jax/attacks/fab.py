@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rain_jax.attacks.deepfool import mean_logits, nearest_boundary, wrong_classes
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.attacks.restarts import side_by_side
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l1, l2, linf, random_start
@@ -114,8 +114,8 @@ def _check(
     threat: Threat, steps: int, restarts: int, alpha_max: float, eta: float, beta: float
 ) -> None:
     expect(threat, "FAB", linf, l2, l1)
-    within("steps", steps, 1)
-    within("restarts", restarts, 1)
+    whole("steps", steps, 1)
+    whole("restarts", restarts, 1)
     within("alpha_max", alpha_max, 0.0, 1.0)
     within("eta", eta, 1.0)
     within("beta", beta, 0.0, 1.0)
@@ -174,7 +174,7 @@ def fab_t(
     whatever its class. See `fab` for the rest.
     """
     _check(threat, steps, restarts, alpha_max, eta, beta)
-    within("targets", targets, 1)
+    whole("targets", targets, 1)
 
     def runs(number: Any) -> Iteration:
         return along_boundary(

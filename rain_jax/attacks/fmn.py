@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rain_jax.attacks.deepfool import mean_logits
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, margin
 from rain_jax.norms import expect, l1, l2, linf, project
@@ -65,7 +65,7 @@ def _search(
 
     No radius is larger than the threat's own, or than it takes to reach every allowed image.
     """
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     within("step_size", step_size, above=0.0)
     estimate = exact() if estimator is None else estimator
 

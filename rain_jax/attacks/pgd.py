@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from rain_jax.attacks.restarts import restarted, side_by_side
-from rain_jax.checks import UsageError, one_of, pixel_distance, within
+from rain_jax.checks import UsageError, one_of, pixel_distance, whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
 from rain_jax.norms import expect, l1, linf, project, steepest
@@ -117,7 +117,7 @@ def ascent(
     logits over the estimator's draws, as the judge has it; `keep="last"` the last one, as
     adversarial training wants it, and costs one forward pass less.
     """
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     one_of("start", start, ("uniform", "sign", "normal", "clean"))
     within("start_scale", start_scale, above=0.0)
     one_of("keep", keep, ("best", "last"))
@@ -219,7 +219,7 @@ def _climb(
     threat: Threat, steps: int, step_size: float | None, climber: Climber
 ) -> optax.GradientTransformation:
     """Steps of one size; by default they add up to two and a half radii and can cross the ball."""
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     one_of("climber", climber, ("steepest", "adam"))
     size = 2.5 * threat.radius / steps if step_size is None else _step(threat, step_size)
     if climber == "steepest":
@@ -290,7 +290,7 @@ def multi_targeted(
     or all of them where there are fewer, go side by side, and so do `restarts` of each; the answer
     has the largest margin. `step_size` and `climber` are those of `pgd`.
     """
-    within("targets", targets, 1)
+    whole("targets", targets, 1)
     climb = _climb(threat, steps, step_size, climber)
 
     def towards(rank: Any) -> Iteration:
@@ -336,7 +336,7 @@ def mi_fgsm(
     start: Start = "clean",
 ) -> Iteration:
     """PGD with momentum over gradients of unit L1 norm (Dong et al., arXiv:1710.06081)."""
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     within("decay", decay, 0.0)
     size = threat.radius / steps if step_size is None else _step(threat, step_size)
     unit = optax.stateless(

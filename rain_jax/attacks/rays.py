@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
-from rain_jax.checks import within
+from rain_jax.checks import whole
 from rain_jax.norms import expect, linf
 from rain_jax.types import Array, Image, Iteration, Key, LogitsFn, Scalar, Target, Threat
 
@@ -43,7 +43,7 @@ def rays(threat: Threat, *, queries: int = 10000) -> Iteration:
 
     Raises `UsageError` for another norm.
     """
-    within("queries", queries, 1)
+    whole("queries", queries, 1)
     expect(threat, "RayS", linf)
 
     def block_sizes(image: Image) -> list[int]:

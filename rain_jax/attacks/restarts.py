@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, whole
 from rain_jax.types import Image, Iteration, Key, LogitsFn, PyTree, Scalar, Target
 
 
@@ -56,7 +56,7 @@ def side_by_side(
 
 def restarted(attack: Iteration, restarts: int) -> Iteration:
     """`restarts` runs of one attack; a single one is left as it is."""
-    within("restarts", restarts, 1)
+    whole("restarts", restarts, 1)
     if restarts == 1:
         return attack
     return side_by_side(lambda number: attack, restarts, attack.steps)

@@ -13,7 +13,7 @@ import optax
 from rain_jax import gradients
 from rain_jax.attacks.pgd import Ascent, ascent, steepest_step
 from rain_jax.attacks.restarts import restarted
-from rain_jax.checks import pixel_distance, within
+from rain_jax.checks import pixel_distance, whole, within
 from rain_jax.losses import margin
 from rain_jax.norms import linf
 from rain_jax.types import Image, Iteration, Key, LogitsFn, Loss, Scalar, Target, Threat
@@ -74,7 +74,7 @@ def nes(
     default 2.5 x radius / steps. Queries are counted where there is one run: (2 x `draws` +
     `answers`) a step and `answers` for the last image, unless one breaks the model before.
     """
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     within("decay", decay, 0.0, below=1.0)
     if step_size is None:
         step_size = 2.5 * threat.radius / steps

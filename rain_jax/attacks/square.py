@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax.attacks.restarts import restarted
-from rain_jax.checks import within
+from rain_jax.checks import whole, within
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l2, linf, project
 from rain_jax.types import (
@@ -167,8 +167,8 @@ def square(
     """
     expect(threat, "the Square attack", linf, l2)
     within("share", share, above=0.0, high=1.0)
-    within("answers", answers, 1)
-    within("queries", queries, 2 * answers)
+    whole("answers", answers, 1)
+    whole("queries", queries, 2 * answers)
     tries = queries // answers
 
     def ask(logits_fn: LogitsFn, key: Key, image: Image, target: Target) -> tuple[Scalar, Scalar]:

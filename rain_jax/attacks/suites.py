@@ -8,7 +8,7 @@ from rain_jax.attacks.apgd import apgd, apgd_t
 from rain_jax.attacks.fab import fab, fab_t
 from rain_jax.attacks.restarts import together
 from rain_jax.attacks.square import square
-from rain_jax.checks import within
+from rain_jax.checks import whole
 from rain_jax.gradients import eot
 from rain_jax.losses import dlr
 from rain_jax.norms import l1
@@ -55,7 +55,7 @@ def rand(threat: Threat, *, steps: int = 100, draws: int = 20) -> dict[str, Iter
     is for the judge's own draws to say; stopped at the first lucky mean over its own, an attack
     would report what it selected for.
     """
-    within("draws", draws, 1)
+    whole("draws", draws, 1)
     return {
         "apgd": together(
             apgd(threat, steps=steps, estimator=eot(draws)),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.attacks.deepfool import mean_logits, nearest_boundary, wrong_classes
-from rain_jax.checks import one_of, within
+from rain_jax.checks import one_of, whole, within
 from rain_jax.gradients import exact
 from rain_jax.losses import cross_entropy, margin, targeted
 from rain_jax.norms import expect, l2, linf
@@ -125,10 +125,10 @@ def _universal(
 ) -> Universal:
     expect(threat, "a universal perturbation", linf, l2)
     within("rate", rate, above=0.0, high=1.0)
-    within("passes", passes, 1)
-    within("steps", steps, 1)
+    whole("passes", passes, 1)
+    whole("steps", steps, 1)
     within("overshoot", overshoot, 0.0)
-    within("batch_size", batch_size, 1)
+    whole("batch_size", batch_size, 1)
     size = _STEP * threat.radius if step_size is None else within("step_size", step_size, above=0.0)
     estimate = exact() if estimator is None else estimator
     euclidean, span = threat._replace(norm=l2), threat.high - threat.low
@@ -328,7 +328,7 @@ def boundary_first(
     `images` are [N, H, W, C], the result [count, H, W, C]. Raises `UsageError` unless
     1 <= count <= N.
     """
-    within("count", count, 1, len(images))
+    whole("count", count, 1, len(images))
 
     def distance(given: tuple[Key, Image]) -> Scalar:
         return jnp.abs(margin(logits_fn(*given), target))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, whole, within
 from rain_jax.data.augment import random_resized_crop
 from rain_jax.data.source import Source, read_many, reading_threads
 from rain_jax.types import Array, Batch, Key
@@ -282,7 +282,7 @@ def _generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Gen
 def _check_batch_size(batch_size: int) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise UsageError(f"batch_size={batch_size!r}: expected a whole number")
-    within("batch_size", batch_size, 1)
+    whole("batch_size", batch_size, 1)
 
 
 def _batch(image: Any, label: Any, index: Any, valid: Any) -> Batch:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rain_jax.checks import UsageError, one_of, within
+from rain_jax.checks import UsageError, one_of, whole, within
 from rain_jax.gradients import straight_through
 from rain_jax.types import (
     Array,
@@ -171,7 +171,7 @@ def _part(variables: Variables, place: int) -> Variables:
 
 def mean_of_draws(logits_fn: LogitsFn, draws: int) -> LogitsFn:
     """The mean logits over `draws` passes of a random model, as it may be deployed."""
-    within("draws", draws, 1)
+    whole("draws", draws, 1)
 
     def mean(key: Key, image: Image) -> Array:
         logits = jax.vmap(logits_fn, (0, None))(jax.random.split(key, draws), image)

@@ -1,6 +1,7 @@
 """How robust any model is, in one call: attack after attack on the images that still stand."""
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, whole, within
 from rain_jax.data import as_float
 from rain_jax.evaluation.counts import standing
 from rain_jax.evaluation.packing import Drive, packed
 from rain_jax.evaluation.verdicts import Rules, Verdicts, as_they_are, judging
+from rain_jax.keys import is_key
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, choose_devices, place
 from rain_jax.types import Array, Attack, Batch, Image, Iteration, Key, LogitsFn, PyTree, Threat
@@ -32,6 +34,7 @@ def attacked(
     key: Key | None = None,
     batch_size: int = 256,
     draws: int = 1,
+    eight_bit: bool = False,
     devices: Devices | None = None,
 ) -> dict[str, np.ndarray]:
     """Who stands: bool [N] under "clean", and under each attack's name after it and those before.
@@ -44,17 +47,35 @@ def attacked(
     `batch_size` images are shown to the model at once, over all `devices` (all that there are
     unless given), and draws do not turn on either.
 
-    An attack gets the images that those before it left standing. What it returns is judged by fresh
-    keys, and counts only where it keeps to `threat` (radius in pixel values: 8 / 255, not 8), which
-    is looked at in float64. Raises `UsageError` for images, labels and threats of other kinds.
+    An attack gets the images that those before it left standing. What it returns, with `eight_bit`
+    rounded to 256 levels, is judged by fresh keys, and counts only where it keeps to `threat`
+    (radius in pixel values: 8 / 255, not 8), which is looked at in float64.
+
+    Raises `UsageError` for images, labels and threats of other kinds. Warns where an attack leaves
+    the threat, and of a first few images' logits that are not finite, look like probabilities, or
+    are drawn where one draw is judged. Whether gradients are of any use is no part of this:
+    `experiments.evaluate` looks into that, too.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    within("batch_size", batch_size, 1)
-    within("draws", draws, 1)
+    whole("batch_size", batch_size, 1)
+    whole("draws", draws, 1)
+    if jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 among them
+        images = images.astype(np.float32)
+    if not isinstance(threat, Threat):
+        raise UsageError(f"threat={threat!r:.60}: expected a Threat(norm, radius)")
     _check(model, variables, threat, images, labels)
+    if not isinstance(attacks, Mapping):
+        raise UsageError(
+            f"attacks are a {type(attacks).__name__}: expected names and attacks, "
+            '{"pgd": pgd(threat, steps=40)}'
+        )
     if "clean" in attacks:
         raise UsageError("attacks: expected another name than 'clean', which is taken")
+    if key is not None and not is_key(key):
+        raise UsageError(f"key={key!r:.60}: expected one as jax.random.key makes it")
+    _look(model, variables, images, draws)
     devices = place("shard_map", choose_devices()) if devices is None else devices
+    rules = Rules(threat, draws, eight_bit)
 
     def logits_fn_of(variables: PyTree) -> LogitsFn:
         return lambda key, image: model(variables, key, image)
@@ -68,15 +89,16 @@ def attacked(
             valid: Any = wanted[rows]
             yield Batch(image, label, index, valid)
 
+    judge = judging(logits_fn_of, rules, devices, batch_size=batch_size)
+    # Of a model that draws the worst mean is wanted, not the first that is bad enough.
+    early = (judge if eight_bit else True) if draws == 1 else False
     drives: dict[str, Drive] = {
         "clean": lambda variables, key, batches: as_they_are(batches),
         **{
-            # Of a model that draws the worst mean is wanted, not the first that is bad enough.
-            name: packed(attack, logits_fn_of, devices, batch_size=batch_size, early=draws == 1)
+            name: packed(attack, logits_fn_of, devices, batch_size=batch_size, early=early)
             for name, attack in attacks.items()
         },
     }
-    judge = judging(logits_fn_of, Rules(threat, draws), devices, batch_size=batch_size)
     root = jax.random.key(0) if key is None else key
     return cascade(drives, judge, devices.replicate(variables), root, batches, len(labels))
 
@@ -91,21 +113,57 @@ def cascade(
 ) -> dict[Name, np.ndarray]:
     """Who of `count` images stands after each of some drives, which are given those that stood.
 
-    `batches(wanted)` are the images, valid where `wanted` (bool [N]) is true.
+    `batches(wanted)` are the images, valid where `wanted` (bool [N]) is true. Warns of a drive
+    whose images leave the threat, for which they count as unbroken.
     """
     stands = np.ones(count, bool)
     found: dict[Name, np.ndarray] = {}
     for number, (name, drive) in enumerate(drives.items()):
         own = jax.random.fold_in(key, number)
+        outside = given = 0
         for some in judge(variables, own, drive(variables, own, batches(stands))):
             stands[some.judgement.index] = standing(some.judgement)
+            outside += int(np.sum(~some.judgement.allowed))
+            given += len(some.judgement.index)
+        if outside:
+            warnings.warn(
+                f"{name}: {outside:,} of {given:,} images are outside of the threat and count as "
+                "unbroken: an attack for another radius, norm or range?",
+                stacklevel=3,
+            )
         found[name] = stands.copy()
     return found
+
+
+def _look(model: Any, variables: PyTree, images: np.ndarray, draws: int) -> None:
+    """Warns of what the logits of a few images say against the numbers to come."""
+    few = jnp.asarray(as_float(images[:4]))
+    # Two calls: a module of PyTorch that draws in secret answers all keys of one alike.
+    program = jax.jit(lambda variables, key: jax.vmap(model, (None, None, 0))(variables, key, few))
+    one, other = (
+        np.asarray(program(variables, jax.random.key(seed)), np.float32) for seed in (0, 1)
+    )
+    found = []
+    if not np.all(np.isfinite(one)):
+        found.append(
+            "the first images' logits are not finite: they count as wrong, attacked or not"
+        )
+    elif np.all(one >= 0) and np.allclose(np.sum(one, axis=-1), 1.0, atol=1e-3):
+        found.append("the model seems to give probabilities: attacks climb logits")
+    if draws == 1 and not np.array_equal(one, other, equal_nan=True):
+        found.append(
+            "the model draws, and one draw is judged: give draws=20, and attacks along means, "
+            "estimator=eot(draws=20)"
+        )
+    for text in found:
+        warnings.warn(text, stacklevel=3)
 
 
 def _check(model: Any, variables: PyTree, threat: Threat, images: Any, labels: Any) -> None:
     """Refuses what an attack would make nonsense of, before anything is compiled."""
     most = threat.high - threat.low if threat.norm is linf else math.inf
+    if isinstance(threat.radius, str):
+        raise UsageError(f"threat.radius={threat.radius!r}: expected a number")
     radius = float(threat.radius)
     if most < radius <= 255 * most:
         raise UsageError(
@@ -117,8 +175,11 @@ def _check(model: Any, variables: PyTree, threat: Threat, images: Any, labels: A
     within("threat.radius", radius, 0.0, most)
     if images.ndim != 4 or not len(images):
         raise UsageError(f"images are {list(images.shape)}: expected [N, H, W, C]")
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+    if images.dtype != np.uint8 and images.dtype != np.float32:
         raise UsageError(f"images are {images.dtype}: expected uint8, or floats in [0, 1]")
+    floats = images.dtype != np.uint8
+    if floats and (unknown := np.count_nonzero(np.isnan(images).any(axis=(1, 2, 3)))):
+        raise UsageError(f"images: {unknown:,} of {len(images):,} have pixels that are no numbers")
     low, high = float(as_float(np.min(images))), float(as_float(np.max(images)))
     if not (threat.low <= low and high <= threat.high):
         other = "" if images.dtype == np.uint8 else ", or uint8"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special  # type: ignore[import-untyped]
 
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, whole, within
 from rain_jax.data import as_float
 from rain_jax.evaluation.verdicts import LogitsFnOf
 from rain_jax.parallel import Devices, image_keys, rows_of_process
@@ -84,7 +84,7 @@ def counting(logits_fn_of: LogitsFnOf, devices: Devices, *, copies: int) -> Coun
 
     def count(variables: Variables, key: Key, sigma: Any, draws: int, batch: Batch) -> np.ndarray:
         within("sigma", sigma, above=0.0)
-        within("draws", draws, 1, MOST_DRAWS)
+        whole("draws", draws, 1, MOST_DRAWS)
         numbers = devices.replicate((jnp.float32(sigma), jnp.int32(draws)))
         rows = devices.split(rows_of_process(batch))
         return devices.gather(program(variables, key, *numbers, rows))[np.asarray(batch.valid)]
@@ -99,7 +99,7 @@ def lower_bound(hits: Any, draws: int, alpha: float) -> np.ndarray:
     at most `alpha`, in (0, 1).
     """
     within("alpha", alpha, above=0.0, below=1.0)
-    within("draws", draws, 1)
+    whole("draws", draws, 1)
     hits = np.asarray(within("hits", hits, 0, draws), np.float64)
     some = np.maximum(hits, 1.0)
     return np.where(hits > 0, special.betaincinv(some, draws - some + 1, alpha), 0.0)

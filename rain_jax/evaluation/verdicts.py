@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rain_jax.checks import within
+from rain_jax.checks import whole
 from rain_jax.data import as_float
 from rain_jax.norms import allowed
 from rain_jax.parallel import Devices, image_keys, round_up, rows_of_process
@@ -156,7 +156,7 @@ def evaluator(
     `logits_fn_of(variables)` is the model; variables are data, so that one program serves every
     checkpoint.
     """
-    within("draws", rules.draws, 1)
+    whole("draws", rules.draws, 1)
 
     def program(attack: Attack | None) -> Callable[..., tuple[Judgement, Array]]:
         def body(
@@ -209,7 +209,7 @@ def judging(
 
     Distances, and whether the threat was kept, are computed again in float64 on the host.
     """
-    within("draws", rules.draws, 1)
+    whole("draws", rules.draws, 1)
 
     def model_of(variables: Variables, values: PyTree) -> LogitsFn:
         return logits_fn_of(variables)

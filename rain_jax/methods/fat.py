@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import UsageError, within
+from rain_jax.checks import UsageError, whole, within
 from rain_jax.losses import cross_entropy
 from rain_jax.methods.common import Staged, finder, fit
 from rain_jax.norms import project, random_start
@@ -84,7 +84,7 @@ def fat(
     one value more than `milestones`, the epochs at which the next one begins. Their radius is
     0.031.
     """
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     within("step_size", step_size, above=0.0)
     within("noise", noise, 0.0)
     within("patience", patience, 0)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rain_jax.checks import one_of, within
+from rain_jax.checks import one_of, whole, within
 from rain_jax.losses import cross_entropy, kl, soft_cross_entropy
 from rain_jax.methods.common import Staged, attack_batch, moved, outer, right, targets, total
 from rain_jax.norms import project, random_start
@@ -135,7 +135,7 @@ def sense(
     a trade of robustness for clean accuracy, and no free gain.
     """
     within("threshold", threshold, above=0.0, high=1.0)
-    within("steps", steps, 1)
+    whole("steps", steps, 1)
     within("step_size", step_size, above=0.0)
     within("clean_weight", clean_weight, 0.0)
     within("warmup", warmup, 0.0)

@@ -1,5 +1,7 @@
 """Any model in one call: the same verdicts as attack and judge by hand, and what is refused."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,7 +114,7 @@ REFUSED = [
     (dict(images=IMAGES[:0], labels=LABELS[:0]), r"images are \[0, 6, 5, 2\]"),
     (dict(images=IMAGES.astype(np.int32)), r"images are int32: expected uint8"),
     (dict(images=IMAGES.astype(np.float32)), r"pixels in \[0, 255\]: expected \[0, 1\]"),
-    (dict(images=IMAGES * np.float32("nan")), r"pixels in \[nan, nan\]"),
+    (dict(images=IMAGES * np.float32("nan")), r"images: 37 of 37 have pixels that are no numbers"),
     (dict(labels=LABELS[:-1]), r"labels are int64 \[36\]: expected whole numbers \[37\]"),
     (dict(labels=LABELS * 1.0), r"labels are float64"),
     (dict(labels=LABELS + 1), r"labels are 1 to 3: expected 0 to 2"),
@@ -122,6 +124,13 @@ REFUSED = [
     (dict(attacks={"clean": noise(THREAT)}), r"another name than 'clean'"),
     (dict(batch_size=0), r"batch_size=0"),
     (dict(draws=0), r"draws=0"),
+    (dict(draws=2.5), r"draws=2.5: expected a whole number"),
+    (dict(batch_size=8.0), r"batch_size=8.0: expected a whole number"),
+    (dict(attacks=ATTACKS["pgd"]), r"attacks are a Iteration: expected names and attacks"),
+    (dict(attacks=[ATTACKS["pgd"]]), r"attacks are a list: expected names and attacks"),
+    (dict(threat=(linf, 0.1)), r"threat=\(.*: expected a Threat"),
+    (dict(threat=Threat(linf, "8")), r"threat.radius='8': expected a number"),
+    (dict(key=3), r"key=3: expected one as jax.random.key makes it"),
 ]  # fmt: skip
 
 
@@ -131,3 +140,55 @@ def test_what_would_be_nonsense_is_refused(changes, message):
                  labels=LABELS)  # fmt: skip
     with pytest.raises(UsageError, match=message):
         attacked(**{**given, **changes})
+
+
+def told(**changes):
+    """What a call says beside its result, and the result."""
+    given = dict(model=model, variables=WEIGHTS, attacks=ATTACKS, threat=THREAT, images=IMAGES,
+                 labels=LABELS)  # fmt: skip
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stands = attacked(**{**given, **changes})
+    return [str(one.message) for one in said if one.category is UserWarning], stands
+
+
+FAR = {"pgd": pgd(Threat(l2, 5.0), steps=10)}
+SAID = [
+    (dict(), ""),
+    (dict(attacks=FAR), "pgd: 32 of 32 images are outside of the threat and count as unbroken"),
+    (dict(attacks={"own": lambda key, of, x, y: x * jnp.nan}), "own: 32 of 32 images are outside"),
+    (dict(model=lambda w, k, x: jax.nn.softmax(model(w, k, x))), "seems to give probabilities"),
+    (dict(model=lambda w, k, x: model(w, k, x) * jnp.nan), "logits are not finite"),
+    (dict(model=lambda w, k, x: model(w, k, x) + jax.random.normal(k)), "draws=20"),
+    (dict(model=lambda w, k, x: model(w, k, x) + jax.random.normal(k), draws=3), ""),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SAID, ids=[m for _, m in SAID])
+def test_what_would_pass_for_robustness_is_said(changes, message):
+    said, _ = told(**changes)
+    assert len(said) == bool(message)
+    assert all(message in one for one in said)
+
+
+def test_images_can_be_judged_as_if_they_had_been_saved():
+    """A model that is sure of whole levels alone, which rounding gives it back."""
+
+    def levels(weights, key, image):
+        return jnp.array([jnp.sum(jnp.cos(2 * jnp.pi * 255 * image)), 0.0])
+
+    threat = Threat(linf, 0.45 / 255)
+    own = dict(
+        model=levels, threat=threat, labels=0 * LABELS, attacks={"pgd": pgd(threat, steps=20)}
+    )
+    left = [np.sum(told(**own, eight_bit=saved)[1]["pgd"]) for saved in (False, True)]
+    assert left[0] < 3
+    assert left[1] == len(LABELS)
+
+
+def test_halves_and_bfloat16_are_floats():
+    images = IMAGES / np.float32(256)
+    for kind in (np.float16, jnp.bfloat16, np.float64):
+        said, stands = told(images=images.astype(kind))
+        np.testing.assert_array_equal(stands["pgd"], told(images=images)[1]["pgd"])
+        assert not said
