@@ -268,7 +268,7 @@ def _replaced(path: Path, record: dict[str, Any]) -> list[str]:
     """A line about the sweep over other axes that was here before."""
     try:
         axes = json.loads(path.read_text())["axes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     if axes == json.loads(json.dumps(record["axes"])):
         return []

@@ -162,7 +162,7 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
     given = _section(config, ("defence", "statistics")).get("statistics")
     if isinstance(given, str):
         copy = folder / _STATISTICS
-        if not claimed or not copy.exists():
+        if not copy.exists() or not (claimed or copy.samefile(given)):
             shutil.copyfile(given, copy)
         elif not filecmp.cmp(given, copy, shallow=False):
             raise UsageError(
