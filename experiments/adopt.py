@@ -36,10 +36,10 @@ def adopt(experiment: build.Experiment, folder: Path) -> None:
     loading.check_finite(variables, str(given))
     method = experiment.method(plan_of(experiment))
     state = devices.replicate(jax.jit(method.init)(variables))
-    workdir.claim(folder, experiment.config)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with workdir.held(folder), Checkpoints(folder / "checkpoints") as checkpoints:
         if checkpoints.latest() is not None:
             raise UsageError(f"{folder}: expected a new folder: there are checkpoints in it")
+        workdir.claim(folder, experiment.config)
         sums = no_sums(experiment, method, state)
         checkpoints.save(0, *items_of(devices.to_global(state), sums))
         checkpoints.wait()

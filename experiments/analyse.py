@@ -88,12 +88,13 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if experiment.config["defence"] is not None:
         raise UsageError("config.defence: expected None: the statistics are of a bare classifier")
     workdir.check_writable(folder)
-    variables, _ = loading.load(experiment, folder)
-    found = analyse(experiment, variables)
-    if jax.process_index() == 0:
-        np.savez(folder / "statistics.npz", **found._asdict())
-        figure(folder / "statistics.png", found)
-        print(f"{folder / 'statistics.npz'} and .png hold the statistics", flush=True)
+    with workdir.held(folder):
+        variables, _ = loading.load(experiment, folder)
+        found = analyse(experiment, variables)
+        if jax.process_index() == 0:
+            np.savez(folder / "statistics.npz", **found._asdict())
+            figure(folder / "statistics.png", found)
+            print(f"{folder / 'statistics.npz'} and .png hold the statistics", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ def enable() -> None:
         "jax_compilation_cache_dir"
     ):
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "rain_jax"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "rain_jax"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where nobody knows a home
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Thresholds of zero: a run is made of a few large programs and many small ones.

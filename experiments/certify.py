@@ -293,6 +293,13 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     experiment = build.experiment(spec)
     asked, through = completed(asked, experiment)
     workdir.check_writable(folder)
+    with workdir.held(folder):
+        _certify(asked, through, experiment, folder)
+
+
+def _certify(
+    asked: Certification, through: str | None, experiment: build.Experiment, folder: Path
+) -> None:
     variables, step = load(experiment, folder)
     check_finite(variables, f"{folder} at step {step}")
     told, path = identity(asked, experiment, variables, step), folder / "certify.jsonl"

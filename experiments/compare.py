@@ -25,6 +25,7 @@ from experiments.comparing.draws import random_model
 from experiments.comparing.speed import speed
 from experiments.comparing.strength import strength
 from experiments.comparing.subject import subject
+from experiments.journal import digest_of
 from experiments.logs import provenance, table, write_json
 from rain_jax.checks import UsageError, one_of, within
 from rain_jax.parallel import initialise
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     elif settings.random == "shift":
         compared = random_model(what, settings)
     else:
+        asked["weights"] = digest_of(what.variables)
         compared = strength(what, settings, known(out, asked))
     for line in compared:
         # Through JSON, for plain numbers; written at once, since the next one may take an hour.
@@ -100,6 +102,8 @@ def known(out: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
     if not out.is_file():
         return []
     found = json.loads(out.read_text())
+    if found["asked"].get("weights") != asked["weights"]:
+        raise UsageError(f"--out={out}: it compares other weights: expected another file")
     for key in asked.keys() - {"attacks", "out", "threads", "seeds"}:
         # An older file does not know of a mode that was not asked for.
         if (found["asked"].get(key) or None) != (asked[key] or None):

@@ -14,7 +14,7 @@ command goes on behind the last one, and one that asks for more looks at what is
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -288,7 +288,8 @@ def measure(
     if asked.published is not None:
         name, cells = asked.published.removeprefix("tfds:"), asked.cells
         others = published_sources(name, cells, first.splits.test, asked.data_dir)
-        published = {cell: data.first(other, asked.images) for cell, other in others.items()}
+        limit = asked.images or first.evaluation.images
+        published = {cell: data.first(other, limit) for cell, other in others.items()}
     size = round_up(asked.batch_size, devices.size)
     key = devices.replicate(jax.random.fold_in(root_key(asked.seed), JUDGE))
     ids = {name: identity(asked, model, source, size) for name, model in models.items()}
@@ -296,8 +297,9 @@ def measure(
     for line in [] if path is None else read(path):
         cell = (line["cell"][0], line["cell"][1])
         if cell == CLEAN or cell in asked.cells:
-            held = seen.setdefault((cell, line["first"]), {})
-            held |= {name: line["right"] for name in ids if ids[name] == line["of"]}
+            # Lines of other images and batches are somebody else's.
+            for name in [name for name in ids if ids[name] == line["of"]]:
+                seen.setdefault((cell, line["first"]), {})[name] = line["right"]
     done = {look for look, right in seen.items() if len(right) == len(models)}
     total = source.size * (1 + (0 if published else len(asked.cells)))
     total += sum(other.size for other in published.values())
@@ -330,6 +332,12 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     initialise()
     asked: Corruptions = call("config", Corruptions, configuring.plain(config))
     workdir.check_writable(folder)
+    with workdir.held(folder):
+        _study(asked, folder)
+
+
+def _study(asked: Corruptions, folder: Path) -> None:
+    """Measures the runs, and writes and prints what came out."""
     paths = [folder, *map(Path, asked.asked_runs)]
     other = asked.baseline if asked.baseline != "alexnet" else None
     paths += [] if other is None else [Path(other)]
@@ -354,7 +362,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if jax.process_index() != 0:
         return
     record = {
-        **configuring.plain(config),
+        **asdict(asked),
         "families": list(asked.asked_families),
         "severities": list(asked.asked_severities),
         "constants": None if asked.published else constants_of(asked, first.splits.test),

@@ -160,9 +160,14 @@ def written(
 
 
 def described(
-    experiment: build.Experiment, asked: Export, content: bytes, difference: float, step: int
+    experiment: build.Experiment,
+    asked: Export,
+    content: bytes,
+    checked: int,
+    difference: float,
+    step: int,
 ) -> dict[str, Any]:
-    """What model.json says."""
+    """What model.json says, of `checked` images whose logits differ by `difference` at most."""
     shape, classes = experiment.splits.test.shape, experiment.network.classes
     inputs: dict[str, Any] = {
         "images": {
@@ -181,7 +186,7 @@ def described(
         "classes": experiment.splits.test.class_names,
         "random": experiment.network.random,
         "platforms": PLATFORMS if asked.format == "stablehlo" else None,
-        "checked": {"images": CHECKED, "largest_difference": difference, "tolerance": TOLERANCE},
+        "checked": {"images": checked, "largest_difference": difference, "tolerance": TOLERANCE},
         "data": experiment.splits.test.name,
         "step": step,
         "config": experiment.config,
@@ -210,7 +215,9 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
         asked.format, experiment.network, variables, np.asarray(data.as_float(images))
     )
     (out / _name(asked.format)).write_bytes(content)
-    write_json(out / "model.json", described(experiment, asked, content, difference, step))
+    write_json(
+        out / "model.json", described(experiment, asked, content, len(images), difference, step)
+    )
     print(
         f"{out / _name(asked.format)}: {len(content):,} bytes; logits of {len(images)} test images "
         f"as the model's, within {difference:.1g} of the largest",

@@ -226,13 +226,14 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     if channels not in (1, 3):
         raise UsageError(f"config.data: images of {channels} channels: expected 3, or 1")
     workdir.check_writable(folder)
-    variables, step = loading.load(experiment, folder)
-    record = described(look(experiment, variables))
-    if jax.process_index() == 0:
-        told = {"step": step, "seed": experiment.seed, "data": experiment.splits.test.name}
-        write_json(folder / "frequencies.json", {**told, **record, "provenance": provenance()})
-        figure(folder / "frequencies.png", record)
-        print(f"{folder / 'frequencies.png'} and .json hold the study", flush=True)
+    with workdir.held(folder):
+        variables, step = loading.load(experiment, folder)
+        record = described(look(experiment, variables))
+        if jax.process_index() == 0:
+            told = {"step": step, "seed": experiment.seed, "data": experiment.splits.test.name}
+            write_json(folder / "frequencies.json", {**told, **record, "provenance": provenance()})
+            figure(folder / "frequencies.png", record)
+            print(f"{folder / 'frequencies.png'} and .json hold the study", flush=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def code() -> str:
     package = Path(rain_jax.__file__).parent
     for folder in (package, Path(__file__).parent):
         for path in sorted(folder.rglob("*.py")):
-            if "configs" not in path.parts:
+            if "configs" not in path.relative_to(folder).parts:
                 found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

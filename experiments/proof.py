@@ -180,13 +180,15 @@ def checks(
     found.append(Check("nothing stands far away", left <= LEFT, f"{100 * left:.1f} % left"))
     rise = margins[strongest] - margins["clean"]
     found.append(Check("the margin rises", rise > 0, f"by {rise:.3g} on average, by {strongest}"))
-    silent = float(np.mean(~(np.asarray(seen.length) > 0)))
+    lengths = np.asarray(seen.length)
+    silent = float(np.mean(~(np.isfinite(lengths) & (lengths > 0))))
     cosine = float(np.mean(seen.cosine))
     found.append(
         Check(
             "images have gradients",
             silent <= SILENT,
-            f"{100 * silent:.1f} % without one; cosine of two independent estimates {cosine:.2f}",
+            f"{100 * silent:.1f} % without a finite one; "
+            f"cosine of two independent estimates {cosine:.2f}",
         )
     )
     lines = list(lines)

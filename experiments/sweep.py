@@ -185,7 +185,9 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
         row = {names[key]: value for key, value in cell.items()}
         kept = ("right", "of", "accuracy", "interval_95")
         found.append({**row, **worst, "clean": {key: record["clean"][key] for key in kept}})
-    flagged = any(record["flagged"] or record["worst_case"] is None for record in records)
+    flagged: bool | None = any(r["flagged"] or r["worst_case"] is None for r in records)
+    if not flagged and any(record["flagged"] is None for record in records):
+        flagged = None  # no checks were made
     return {
         "trained": [str(place.relative_to(folder)) for place in folders],
         "data": records[0]["data"],
@@ -256,6 +258,7 @@ def main(asked: Asked, folder: Path) -> None:
                 told.printed(record),
                 "",
                 *lines,
+                *(["no checks were made"] if record["flagged"] is None else []),
                 *replaced,
                 f"{folder} holds sweep.json and sweep.png",
             ]

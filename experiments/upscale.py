@@ -203,6 +203,10 @@ def experiment(whole: Any) -> Experiment:
             f"config.training.batch_size={parts['training'].batch_size}: expected at most the "
             f"{splits.train.size} training images"
         )
+    try:
+        data.parts_of(splits.train, parts["training"].batch_size)
+    except UsageError as error:
+        raise located("config.data", error, spec["data"]) from None
     if parts["validation"] is not None and splits.valid is None:
         raise UsageError(
             "config.validation: no images are held out: expected config.data.holdout above 0, or "
@@ -338,7 +342,8 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     built = experiment(config)
     train.train(built, folder, built.config["upscaler"]["name"], partial(make_validator, built))
     workdir.check_writable(folder)
-    judge(built, folder)
+    with workdir.held(folder):
+        judge(built, folder)
 
 
 if __name__ == "__main__":

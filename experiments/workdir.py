@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from experiments.logs import provenance, write_json
 from rain_jax.checks import UsageError
@@ -18,7 +20,9 @@ from rain_jax.checks import UsageError
 # What may change between two starts of one run: it does not change what is learnt.
 _FREE = (
     "config.evaluation",
-    "config.parallel",
+    "config.parallel.devices",
+    "config.parallel.mapping",
+    "config.parallel.overlap",
     "config.data.data_dir",
     "config.training.log_every",
     "config.training.tensorboard",
@@ -102,45 +106,76 @@ def held(folder: Path) -> Iterator[None]:
 
     Two processes that train or evaluate in one folder would write their lines through each other.
     The lock is the operating system's, on the file `.lock`, and goes with its process, however that
-    ends. Of a run on several hosts the first holds it; where a file system knows no locks there is
-    none.
+    ends. Of a run on several hosts the first holds it, and all are refused with it; where a file
+    system knows no locks there is none.
     """
     place = folder.resolve()
-    if place in _held or jax.process_index() != 0:
+    if place in _held:
         yield
         return
+    with ExitStack() as kept:
+        refusal: UsageError | None = None
+        if jax.process_index() == 0:
+            try:
+                kept.enter_context(_locked(folder))
+            except UsageError as error:
+                refusal = error
+        if jax.process_count() > 1:
+            found = multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None))
+            if found and refusal is None:
+                refusal = UsageError(f"workdir {folder}: the first process may not write into it")
+        if refusal is not None:
+            raise refusal
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # no such locks on this system
         yield
         return
     path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "a+")  # noqa: SIM115  (closed below)
+        except OSError as error:
+            raise UsageError(f"workdir {folder}: cannot be written ({error.strerror})") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                raise UsageError(
+                    f"workdir {folder}: another process writes into it ({owner}); wait for it, or "
+                    "name another --workdir"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            if not _same(lock.fileno(), path):
+                continue  # whoever had it has taken the file away in between
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            lock.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _same(opened: int, path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a+")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise UsageError(f"workdir {folder}: cannot be written ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise UsageError(
-                f"workdir {folder}: another process writes into it ({owner}); wait for it, or name "
-                "another --workdir"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        lock.flush()
-        _held.add(place)
-        try:
-            yield
-        finally:
-            _held.discard(place)
-            path.unlink(missing_ok=True)
+        return os.path.samestat(os.fstat(opened), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:

@@ -36,10 +36,13 @@ def smooth(label: Array, classes: int, smoothing: float) -> Array:
 
 
 def margin(logits: Logits, label: Array) -> Scalar:
-    """How far the best wrong class leads: positive when misclassified (Carlini & Wagner's loss)."""
+    """How far the best wrong class leads: positive when misclassified (Carlini & Wagner's loss).
+
+    Infinite for logits that are not finite, which are wrong, so that an attack keeps their image.
+    """
     logits = _f32(logits)
     wrong = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
-    return jnp.max(wrong) - logits[label]
+    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.max(wrong) - logits[label], jnp.inf)
 
 
 def lead(logits: Logits, label: Array, target: Array) -> Scalar:

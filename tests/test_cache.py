@@ -86,3 +86,11 @@ def test_a_folder_that_cannot_be_made_is_done_without(settings, tmp_path, monkey
     before = settings()
     cache.enable()
     assert settings() == before
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", nowhere)
+    cache.enable()
+    assert settings() == before

@@ -136,6 +136,10 @@ def test_a_stopped_comparison_goes_on_and_another_one_is_refused(run, tmp_path):
     again = told(run, out, "--attacks=pgd,apgd_ce", "--peers=torchattacks")
     assert again["lines"][0] == line  # not run again: its seconds are the same
     assert again["lines"][1]["attack"] == "apgd_ce"
+    out.write_text(json.dumps({**again, "asked": {**again["asked"], "weights": "others"}}))
+    with pytest.raises(UsageError, match="it compares other weights"):
+        told(run, out, "--peers=torchattacks")
+    out.write_text(json.dumps(again))
     with pytest.raises(UsageError, match="it compares with --steps=3, and not 4"):
         told(run, out, "--peers=torchattacks", "--steps=4")
 

@@ -224,12 +224,12 @@ def test_published_images_are_read_from_folders_of_tfds(run, model, tmp_path):
     # Its name there differs from the paper's.
     published(tmp_path, "cifar10_corrupted", "frosted_glass_blur_2", images, labels)
     asked = Corruptions(
-        families="glass_blur", severities=2, published="tfds:cifar10_corrupted",
+        families="glass_blur", severities=2, published="tfds:cifar10_corrupted", images=30,
         data_dir=str(tmp_path), batch_size=16,
     )  # fmt: skip
     seen = corruptions.measure(asked, opened(run))["run"]
     logits = experiment.network.apply(variables, jnp.asarray(data.as_float(images)))[0]
-    assert len(seen["clean", 0]) == IMAGES
+    assert len(seen["clean", 0]) == 30  # as many, but others
     # TFDS shuffles, so by their number alone.
     assert seen["glass_blur", 2].sum() == np.sum(np.argmax(logits, -1) == labels)
     assert len(seen["glass_blur", 2]) == 30
@@ -268,6 +268,17 @@ def test_mistakes_are_met_before_anything_is_measured(run, capfd, arguments, say
     error = capfd.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_a_study_of_fewer_images_or_in_other_batches_is_one_of_its_own(run, tmp_path):
+    """Lines of others lie in the same file, at places that it never looks at."""
+    there = shutil.copytree(run, tmp_path / "run")
+    few = ("--config.families=fog", "--config.severities=(3,)")
+    ways = ((24, 8), (12, 8), (24, 12), (24, 8))
+    found = [told(there, *few, f"--config.images={n}", f"--config.batch_size={b}") for n, b in ways]
+    rows = [record["runs"].popitem()[1]["families"]["fog"]["3"] for record in found]
+    assert [row["of"] for row in rows] == [24, 12, 24, 24]
+    assert rows[0] == rows[2] == rows[3]
 
 
 def test_a_killed_study_goes_on_behind_its_last_batch(run, tmp_path, monkeypatch):

@@ -188,8 +188,10 @@ def test_a_published_file_becomes_a_run(tmp_path, suffix):
     found, step = loading.load(experiment, tmp_path / "run")
     assert step == 0
     same(found, variables)
+    told = (tmp_path / "run" / "provenance.json").read_bytes()
     with pytest.raises(UsageError, match="expected a new folder"):
         adopt.adopt(experiment, tmp_path / "run")
+    assert (tmp_path / "run" / "provenance.json").read_bytes() == told
 
 
 @pytest.mark.parametrize(

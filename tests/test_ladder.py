@@ -501,7 +501,9 @@ def test_every_check_passes_where_attacks_work_and_fails_where_they_do_not():
         assert found == [f"{name} is no better than white-box"]
     assert failing(margins={"clean": 1.5, "pgd": 1.0}) == ["the margin rises"]
     lengths = np.r_[np.zeros(2), np.ones(98)]
-    assert failing(seen=proof.Slopes(lengths, np.ones(100))) == ["images have gradients"]
+    for silent in (0.0, np.inf, np.nan):
+        lengths[:2] = silent
+        assert failing(seen=proof.Slopes(lengths, np.ones(100))) == ["images have gradients"]
     weaker = [*GOOD["lines"], dict(draws=4, steps=20, accuracy=0.6)]
     assert failing(lines=weaker) == ["more draws or steps do not weaken the attack"]
     # Within what so many images can tell apart.

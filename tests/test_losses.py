@@ -89,6 +89,13 @@ def test_large_logits_do_not_overflow():
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_logits_that_are_not_finite_are_as_wrong_as_can_be(bad, place):
+    """As the judge has them, so that an attack keeps their image."""
+    assert losses.margin(jnp.zeros(3).at[place].set(bad), 1) == jnp.inf
+
+
 def test_kl_is_zero_at_equality_and_by_hand_elsewhere():
     assert abs(float(losses.kl(LOGITS, LOGITS + 3))) < 1e-6
     p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])

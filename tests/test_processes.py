@@ -7,6 +7,7 @@ import commands
 import numpy as np
 import pytest
 
+from experiments import workdir
 from rain_jax import data
 
 MAPPINGS = ("shard_map", "pmap")
@@ -15,6 +16,17 @@ STREAM = "--config.training.feed=stream"
 
 def together(module, *given, folder):
     return commands.finish_together(commands.start_together(module, *given, folder=folder))
+
+
+def test_a_folder_that_somebody_holds_is_refused_to_all_of_a_job(tmp_path, config):
+    """And not to the first alone, for which the others would wait."""
+    with workdir.held(tmp_path / "run"):
+        given = arguments(tmp_path, config)
+        job = commands.start_together("train", *given, folder=tmp_path)
+        first, second = commands.finish_together(job, code=2)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert "another process writes into it" in first
+    assert "the first process may not write into it" in second
 
 
 def arguments(folder, config, *overrides):

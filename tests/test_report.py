@@ -235,7 +235,7 @@ def test_every_number_of_a_real_record_is_in_the_tables_as_it_was_recorded(tmp_p
 def test_a_cascade_says_so_and_checks_are_no_part_of_the_worst_case(tmp_path):
     found = shown(write_run(tmp_path / "run", record_of()))
     table = found["attacks"].table
-    assert [line[0] for line in table.rows] == ["clean", "pgd", "+ square", "+ far"]
+    assert [line[0] for line in table.rows] == ["clean", "pgd", "+ square", "far"]
     assert [line[2].mark for line in table.rows] == ["", "", "", "†"]
     assert "no part of the worst case" in table.notes[0]
     assert found["results"].table.rows[0][3] == Percent.of(record_of()["worst_case"])
@@ -250,6 +250,20 @@ def test_confusion_is_of_the_worst_image_within_the_threat(tmp_path):
     (exhibit,) = images.confusion(run)
     assert ("attacked", "1", "3", 1) in exhibit.table.rows
     assert sum(line[3] for line in exhibit.table.rows) == 12
+
+
+def test_an_image_that_broke_the_rules_leaves_its_attack_what_it_is(tmp_path):
+    """A part of the worst case, whose other images it broke."""
+    record = record_of()
+    record["attacks"]["pgd"] |= {"outside_the_threat": 1, "largest_distance": 0.7}
+    folder = write_run(tmp_path / "run", record)
+    arrays = dict(np.load(folder / "verdicts.npz"))
+    arrays["pgd/allowed"][5], arrays["pgd/distance"][5] = False, 0.7
+    np.savez(folder / "verdicts.npz", **arrays)
+    (run,) = load.load([folder])
+    np.testing.assert_array_equal(images.fallen(run).attacked, [3, 3, 3, 0, 1, 2])
+    marks = {line[0]: line[2].mark for line in shown(folder)["attacks"].table.rows}
+    assert marks == {"clean": "", "pgd": "!", "+ square": "!", "far": "†!"}
 
 
 def test_a_judged_worst_case_goes_before_the_single_attacks(tmp_path):
@@ -311,7 +325,7 @@ def test_studies_of_other_commands_are_shown_and_unknown_ones_by_their_accuracie
     sigmas = [{"sigma": sigma, "certified": certified} for sigma in (1, 2)]
     certify = {"draws": 1000, "alpha": 0.001, "sigmas": sigmas}
     corruptions = {"runs": {"run": {
-        "clean": counted(5, 6), "mean_error": 0.4,
+        "clean": counted(5, 6), "mean_error": 0.4, "mce": None,
         "families": {"fog": {"1": counted(4, 6), "5": counted(2, 6)}, "snow": {"1": counted(3, 6)}},
     }}}  # fmt: skip
     sweep = {"cells": [{"radius": r, "seed": s, "accuracy": 0.5} for r in (0, 1) for s in (0, 1)]}
@@ -329,6 +343,7 @@ def test_studies_of_other_commands_are_shown_and_unknown_ones_by_their_accuracie
     assert found["sweep-run"].table.headers == ("radius", "seed", "accuracy, %")
     assert len(found["sweep-run"].table.rows) == 4
     assert found["frequencies-run"].table.rows[1] == ("clean", 0.5, 2)
+    assert "mean error 40 %." in found["corruptions-run"].caption
     assert found["low-pass-run"].table.rows[0][:1] == (0.5,)
 
 
@@ -372,6 +387,17 @@ def test_runs_that_differ_in_a_number_are_a_curve_and_seeds_are_one_point(tmp_pa
     assert "tradeoff" not in shown(*folders[:2])
 
 
+def test_runs_that_were_attacked_otherwise_are_no_seeds_of_each_other(tmp_path):
+    folders = []
+    for steps in (1, 40, 40):
+        record = record_of()
+        record["attacks"]["pgd"]["settings"] = {"steps": steps}
+        config = {"seed": len(folders), "method": {"name": "adversarial"}}
+        folders.append(write_run(tmp_path / str(len(folders)), record, config=config))
+    rows = shown(*folders)["tradeoff"].table.rows
+    assert [row[2] for row in rows] == [1, 2]
+
+
 def test_where_two_numbers_vary_no_curve_is_drawn(tmp_path):
     folders = []
     for place, (beta, rate) in enumerate([(1, 0.1), (6, 0.1), (6, 0.2), (6, 0.2)]):
@@ -388,7 +414,7 @@ def test_one_name_with_two_settings_is_marked(tmp_path):
     other["attacks"]["pgd"]["settings"] = {"steps": 50}
     found = shown(write_run(tmp_path / "a", record_of()), write_run(tmp_path / "b", other))
     marks = {line[0]: line[2].mark for line in found["attacks"].table.rows}
-    assert marks == {"clean": "", "pgd": "‡", "+ square": "", "+ far": "†"}
+    assert marks == {"clean": "", "pgd": "‡", "+ square": "", "far": "†"}
     assert "‡ pgd has not the same settings in all runs." in found["attacks"].table.notes
 
 

@@ -175,6 +175,33 @@ with workdir.held(Path(sys.argv[1])):
 """
 
 
+def test_a_lock_that_is_taken_away_while_it_is_waited_for_is_none(tmp_path, monkeypatch):
+    """Whoever leaves removes the file; a lock on what was removed keeps nobody out."""
+    fcntl, taken = pytest.importorskip("fcntl"), []
+    real = fcntl.flock
+
+    def late(lock, how):
+        if not taken:
+            (tmp_path / ".lock").unlink()
+        taken.append(how)
+        real(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with workdir.held(tmp_path):
+        assert len(taken) == 2
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} ")
+
+
+def test_what_is_learnt_in_another_way_is_another_run(tmp_path):
+    config = {"parallel": {"statistics": "all", "sums": "float32", "devices": 1}, "seed": 0}
+    workdir.claim(tmp_path, config)
+    workdir.claim(tmp_path, {**config, "parallel": {**config["parallel"], "devices": 2}})
+    for key, value in (("statistics", "device"), ("sums", "bfloat16")):
+        other = {**config, "parallel": {**config["parallel"], key: value}}
+        with pytest.raises(UsageError, match=f"config.parallel.{key}="):
+            workdir.claim(tmp_path, other)
+
+
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "run"
     with subprocess.Popen(

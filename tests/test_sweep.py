@@ -461,6 +461,18 @@ def drawn_lines(monkeypatch, tmp_path, axes, accuracy):
     return found, ax.get_xlabel()
 
 
+def test_a_cell_that_is_withheld_is_told_and_not_drawn(tmp_path):
+    """As a ladder's is whose checks fail: it has no accuracy but that of clean images."""
+    row = counted(np.arange(10) < 4)
+    cells = [{"seed": 0, **row, "clean": row}, {"seed": 1, "clean": row}]
+    record = {"axes": {"seed": [0, 1]}, "cells": cells, "flagged": True, "checks": []}
+    _, _, first, second = told.printed(record).splitlines()
+    assert first.split()[:3] == ["seed", "0", "40.0"]
+    assert second.split() == ["seed", "1", "withheld", "!"]
+    told.figure(tmp_path / "s.png", record)
+    assert studies._measured(record) == cells[:1]
+
+
 def test_seeds_are_one_line_and_other_values_one_each(monkeypatch, tmp_path):
     axes = {"radius": [0.2, 0.1], "seed": [0, 1, 2], "draws": [1, 8], "run": ["a", "b"]}
 

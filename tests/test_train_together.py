@@ -85,6 +85,21 @@ def entries(folder: Path) -> set[str]:
     }
 
 
+def test_members_share_what_they_learn_from_and_not_what_they_are_judged_by():
+    spec = base()
+    kinds = [dict(family="contrast", severity=severity) for severity in (1, 5)]
+    made = [
+        build.experiment({**spec, "evaluation": {**spec["evaluation"], "corruption": kind}})
+        for kind in kinds
+    ]
+    held: dict[str, Any] = {}
+    one, other = (side_by_side._sharing(experiment, held).splits for experiment in made)
+    assert one.train is other.train
+    assert one.valid is other.valid
+    assert other.test is made[1].splits.test
+    assert (one.test.name, other.test.name) == ("digits, contrast 1", "digits, contrast 5")
+
+
 def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "side_by_side", lambda runs: None)
     for place_of, cell in zip(cells_of(four[0]), CELLS, strict=True):

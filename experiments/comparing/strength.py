@@ -72,7 +72,7 @@ def strength(
             for who in stands[four[0]] if who in whole
         }  # fmt: skip
         # What no attack of any peer broke: few have all four.
-        stands["standard"]["peers_together"] = np.all(
-            [found for name in four for who, found in stands[name].items() if who != "ours"], axis=0
-        )
+        theirs_of = [found for name in four for who, found in stands[name].items() if who != "ours"]
+        if theirs_of:
+            stands["standard"]["peers_together"] = np.all(theirs_of, axis=0)
         yield told("standard")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.pages import figures
-from experiments.pages.exhibit import Exhibit, limit, numbered
+from experiments.pages.exhibit import Exhibit, is_check, limit, numbered
 from experiments.pages.figures import Line
 from experiments.pages.load import Group, Record, Run
 from experiments.pages.tables import Cell, Percent, Table
@@ -55,11 +55,17 @@ def _range(row: Record | None) -> tuple[float, float, float] | None:
 
 
 def columns_of(run: Run) -> dict[str, Record]:
-    """The rows of a run's evaluation by title; those of a cascade but the first after a “+”."""
+    """The rows of a run's evaluation by title; those of a cascade but the first after a “+”.
+
+    Checks at a larger radius are no part of the cascade.
+    """
     record = run.evaluation or {}
-    found = {"clean": record["clean"]}
-    for place, (title, row) in enumerate(record["attacks"].items()):
-        found[f"+ {title}" if record.get("cascade") and place else title] = row
+    found, before = {"clean": record["clean"]}, 0
+    furthest = limit(record["threat"])
+    for title, row in record["attacks"].items():
+        alone = not record.get("cascade") or is_check(row, furthest)
+        found[title if alone or not before else f"+ {title}"] = row
+        before += not alone
     return found
 
 
@@ -73,7 +79,7 @@ def under_attack(group: Group, place: int) -> Exhibit:
         held = [column.get(title) for column in columns]
         settings = [row.get("settings") for row in held if row is not None and title != "clean"]
         ways = dict.fromkeys(row["through"] for row in held if row and row.get("through"))
-        further = any(r and r.get("largest_distance", 0) > furthest for r in held)
+        further = any(r and is_check(r, furthest) for r in held)
         mark = "†" if further else ""
         if any(one != settings[0] for one in settings):
             notes.append(f"‡ {title} has not the same settings in all runs.")

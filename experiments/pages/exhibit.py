@@ -56,6 +56,11 @@ def limit(threat: Record) -> float:
     return float(threat["radius"]) * 1.002 + 2e-6
 
 
+def is_check(row: Record, furthest: float) -> bool:
+    """Whether an attack had a larger threat than `furthest`, and not only images that broke it."""
+    return row.get("largest_distance", 0) > furthest and not row.get("outside_the_threat")
+
+
 def class_names(run: Run, count: int) -> list[str]:
     """What the classes are called where that is known, else their numbers."""
     data = str((run.evaluation or {}).get("data", "")).removeprefix("tfds:")

@@ -154,7 +154,8 @@ def fallen(run: Run) -> Fallen | None:
     titles = [title for title in record["attacks"] if title in run.verdicts]
     for title in ["worst case"] if "worst case" in run.verdicts else titles:
         seen = run.verdicts[title]
-        if len(seen["index"]) and np.max(seen["distance"]) > furthest:
+        # An image that broke the rules makes no other threat of its attack's.
+        if np.max(seen["distance"][seen["allowed"]], initial=0.0) > furthest:
             continue
         rows = np.array([place[int(index)] for index in seen["index"]], int)
         # Not `>`: a margin that is not a number is a loss.

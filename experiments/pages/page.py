@@ -74,13 +74,15 @@ _SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const value = (row, i) => row.cells[i].dataset.value ?? row.cells[i].textContent;
+  const order = (a, b) => a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? Number(a) - Number(b)
+    : a.localeCompare(b, undefined, {numeric: true});
   heads.forEach((head, i) => {
     const sort = () => {
       const sign = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
       heads.forEach((other) => other.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
       body.append(...[...body.rows].sort((a, b) => sign *
-        value(a, i).localeCompare(value(b, i), undefined, {numeric: true}) ));
+        order(value(a, i), value(b, i))));
     };
     head.setAttribute("aria-sort", "none");
     head.tabIndex = 0;

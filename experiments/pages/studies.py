@@ -17,7 +17,8 @@ AXES = ("radius", "severity", "steps", "draws")
 
 SEED = "seed"
 # What stands beside an accuracy and is not what was varied.
-_BESIDE = {"accuracy", "right", "of", "images", "seconds", "step"}
+_BESIDE = {"accuracy", "right", "of", "images", "seconds", "step", "accuracy_of_the_mean",
+           "accuracy_in_all_draws"}  # fmt: skip
 
 
 def against_budget(run: Run) -> Iterator[Exhibit]:
@@ -143,12 +144,19 @@ def _studied(run: Run, name: str, record: Record) -> Iterator[Exhibit]:
             f"certificate wrong with a chance of {record['alpha']:g} at most."
         )
         yield from swept(slug, title, caption, cells)
-    elif cells := list(cells_of(record)):
+    elif cells := _measured(record):
         if len({cell.get("where") for cell in cells}) == 1:
             cells = [{k: value for k, value in cell.items() if k != "where"} for cell in cells]
         failed = [check for check in record.get("checks", []) if not check["passed"]]
         flags = [f"does not hold: {check['name']} ({check['told']})" for check in failed]
         yield from swept(slug, title, f"All accuracies in {name}.json.", cells, flags=flags)
+
+
+def _measured(record: Record) -> list[Record]:
+    """What a study measured; of a sweep the cells whose number is not withheld."""
+    if "axes" in record and "cells" in record:
+        return [cell for cell in record["cells"] if "accuracy" in cell]
+    return list(cells_of(record))
 
 
 def corrupted(slug: str, title: str, record: Record) -> Iterator[Exhibit]:
@@ -167,10 +175,10 @@ def corrupted(slug: str, title: str, record: Record) -> Iterator[Exhibit]:
         )  # fmt: skip
         several = len(record["runs"]) > 1
         means = "; ".join(
-            f"{name} {told[key]:.3g}" for key, name in (
+            f"{name} {told[key] * (100 if key == 'mean_error' else 1):.3g} %" for key, name in (
                 ("mean_error", "mean error"), ("mce", "mean corruption error"),
                 ("relative_mce", "relative mean corruption error"),
-            ) if key in told
+            ) if told.get(key) is not None
         )  # fmt: skip
         yield Exhibit(
             f"{slug}-{safe(model)}" if several else slug,

@@ -1,5 +1,6 @@
 """What robustness cost in clean accuracy: runs of one method as a curve over a number of theirs."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,13 +57,14 @@ def tradeoff(group: Group, place: int) -> Iterator[Exhibit]:
 def families(runs: Sequence[Run]) -> list[Family]:
     """The runs by all that is no number in their configs; then by the number that varies.
 
-    Where several numbers vary, each setting is a family of its own.
+    Where several numbers vary, each setting is a family of its own. Runs that were attacked or
+    judged otherwise are none of a family's, whatever their configs say now.
     """
     alike: dict[Any, list[tuple[Settings, Run]]] = {}
     for run in runs:
         settings = dict(_leaves(run.config or {}))
         words = tuple((key, None if _number(v) else repr(v)) for key, v in settings.items())
-        alike.setdefault(words, []).append((settings, run))
+        alike.setdefault((words, _judged(run.evaluation or {})), []).append((settings, run))
     found: list[tuple[str, str | None, list[tuple[float | None, list[Run]]]]] = []
     for members in alike.values():
         first = members[0][0]
@@ -81,6 +83,16 @@ def families(runs: Sequence[Run]) -> list[Family]:
             settings_of.setdefault(tuple(settings.values()), []).append(run)
         found += [(name, None, [(None, some)]) for some in settings_of.values()]
     return [Family(_title(*one[::2], found), *one[1:]) for one in found]
+
+
+def _judged(record: Record) -> str:
+    """What an evaluation's numbers hang on, but for the images and the threat."""
+    attacks = {
+        title: (row.get("settings"), row.get("through"))
+        for title, row in record.get("attacks", {}).items()
+    }
+    rules = [record.get(name) for name in ("draws", "eight_bit", "cascade", "condition")]
+    return json.dumps([attacks, rules], sort_keys=True)
 
 
 def _title(name: str, members: list[tuple[float | None, list[Run]]], found: Sequence[Any]) -> str:

@@ -273,9 +273,13 @@ def train_all(cells: Sequence[tuple[dict[str, Any], Path]]) -> None:
 
 
 def _sharing(experiment: build.Experiment, held: dict[str, Any]) -> build.Experiment:
-    """The experiment, with the images of the first one on the same data."""
+    """The experiment, with the images of the first one on the same data.
+
+    But for the test images, which its evaluation may corrupt.
+    """
     data = json.dumps(experiment.config["data"], sort_keys=True)
-    return experiment._replace(splits=held.setdefault(data, experiment.splits))
+    shared = held.setdefault(data, experiment.splits)
+    return experiment._replace(splits=shared._replace(test=experiment.splits.test))
 
 
 def _shared(

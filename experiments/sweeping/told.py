@@ -105,9 +105,11 @@ def printed(record: Mapping[str, Any]) -> str:
     rest = [name for name in others if name != across and len(axes[name]) > 1]
     lines: dict[tuple[Any, ...], dict[Any, str]] = {}
     for cell in record["cells"]:
-        value = evaluation.Proportion(cell["right"], cell["of"])
         place = (*(cell[name] for name in rest), cell[first])
-        lines.setdefault(place, {})[cell.get(across)] = percent(value) + mark
+        shown = "withheld"  # as a ladder does whose checks fail
+        if "right" in cell:
+            shown = percent(evaluation.Proportion(cell["right"], cell["of"]))
+        lines.setdefault(place, {})[cell.get(across)] = shown + mark
     columns = axes[across] if across else [None]
     heads = [f"{across} {_short(value)}" for value in columns] if across else ["accuracy"]
     body = [
@@ -148,7 +150,8 @@ def figure(path: Path, record: Mapping[str, Any]) -> None:
     drawn, ax = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
     # Too many to tell apart have the colour of their value on the first axis.
     many = math.prod(len(axes[name]) for name in others) > _COLOURS
-    for line, (place, some) in enumerate(lines(record["cells"], x, others).items()):
+    shown = [cell for cell in record["cells"] if "accuracy" in cell]  # others are withheld
+    for line, (place, some) in enumerate(lines(shown, x, others).items()):
         colour = f"C{(axes[others[0]].index(place[0]) if many else line) % _COLOURS}"
         named = list(zip(others, place, strict=True))[: 1 if many else None]
         label = ", ".join(f"{name} {_short(value)}" for name, value in named)

@@ -171,6 +171,21 @@ def test_what_would_pass_for_robustness_is_said(changes, message):
     assert all(message in one for one in said)
 
 
+def test_an_image_without_an_answer_is_kept():
+    """Beyond a brightness the model gives no numbers, which the judge calls wrong."""
+
+    def breaks(weights, key, image):
+        bright = jnp.mean(image) - 0.5
+        return jnp.where(bright > 0.02, jnp.nan, jnp.stack([bright - 1, 0.0 * bright, -9.0]))
+
+    threat = Threat(linf, 0.05)
+    images = np.full((3, 6, 5, 2), 0.49, np.float32)
+    own = dict(model=breaks, threat=threat, images=images, labels=np.ones(3, int))
+    _, stands = told(**own, attacks={"pgd": pgd(threat, steps=10, step_size=0.02, start="clean")})
+    assert np.all(stands["clean"])
+    assert not np.any(stands["pgd"])
+
+
 def test_images_can_be_judged_as_if_they_had_been_saved():
     """A model that is sure of whole levels alone, which rounding gives it back."""
 
