@@ -273,6 +273,7 @@ def test_the_member_that_diverged_is_named(tmp_path):
     ("arguments", "sections", "message"),
     [
         (["sweep.train=false"], {}, "expected config.sweep.train beside it"),
+        ([], dict(start=dict(classifier="nowhere.npz")), "nowhere.npz.*a file that is there"),
         ([], dict(training=dict(epochs=1, batch_size=32, feed="stream")), "resident"),
     ],
 )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, evaluate, report, running, steps, train
+from experiments import build, evaluate, report, running, start, steps, train
 from experiments.settings import Plan
 from experiments.sweeping import grid
 from rain_jax.checks import UsageError
@@ -240,8 +240,9 @@ def train_all(cells: Sequence[tuple[dict[str, Any], Path]]) -> None:
     ]
     every = [run for some in runs for run in some]
     experiments = [experiment for _, experiment, _ in every]
-    for experiment in experiments:
+    for experiment, (_, _, folder) in zip(experiments, every, strict=True):
         train.check(experiment)
+        start.check(experiment, folder)
         if not steps.is_resident(experiment):
             raise UsageError(
                 f"config.training.feed={experiment.training.feed!r}: expected images that are "
