@@ -214,11 +214,10 @@ class _Theirs:
         with self._lock, torch.no_grad(), torch.random.fork_rng():
             seen = self._images(np.zeros(shape, np.float32))
             logits = self._module(seen.to(self._dtype))
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits)
-            raise UsageError(
-                f"the module gives {getattr(found, '__name__', found)}: expected logits [N, K]"
-            )
+        one = isinstance(logits, torch.Tensor)
+        if not one or logits.ndim != 2:
+            given = list(logits.shape) if one else type(logits).__name__
+            raise UsageError(f"the module gives {given}: expected logits [N, K]")
         return logits.shape[1]
 
     def _images(self, images: np.ndarray) -> torch.Tensor:

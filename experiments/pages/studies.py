@@ -175,9 +175,9 @@ def corrupted(slug: str, title: str, record: Record) -> Iterator[Exhibit]:
         )  # fmt: skip
         several = len(record["runs"]) > 1
         means = "; ".join(
-            f"{name} {told[key] * (100 if key == 'mean_error' else 1):.3g} %" for key, name in (
-                ("mean_error", "mean error"), ("mce", "mean corruption error"),
-                ("relative_mce", "relative mean corruption error"),
+            f"{name} {unit * told[key]:.3g} %" for key, name, unit in (
+                ("mean_error", "mean error", 100), ("mce", "mean corruption error", 1),
+                ("relative_mce", "relative mean corruption error", 1),
             ) if told.get(key) is not None
         )  # fmt: skip
         yield Exhibit(
