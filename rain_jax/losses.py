@@ -35,6 +35,17 @@ def smooth(label: Array, classes: int, smoothing: float) -> Array:
     return optax.smooth_labels(jax.nn.one_hot(label, classes), smoothing)
 
 
+def largest(values: Array) -> Scalar:
+    """The largest of `values` [K], with the gradient all on the first of equals.
+
+    `jnp.max` finds its gradient by comparing every value with the result and divides by how many
+    are equal. XLA may compute the values again for that, and round them otherwise: then none is
+    equal, and the gradient is not a number (seen on a CPU, where a product and a sum were one
+    rounding here and two there). An index cannot be rounded.
+    """
+    return values[jnp.argmax(values)]
+
+
 def margin(logits: Logits, label: Array) -> Scalar:
     """How far the best wrong class leads: positive when misclassified (Carlini & Wagner's loss).
 
@@ -42,7 +53,7 @@ def margin(logits: Logits, label: Array) -> Scalar:
     """
     logits = _f32(logits)
     wrong = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
-    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.max(wrong) - logits[label], jnp.inf)
+    return jnp.where(jnp.all(jnp.isfinite(logits)), largest(wrong) - logits[label], jnp.inf)
 
 
 def lead(logits: Logits, label: Array, target: Array) -> Scalar:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import within
-from rain_jax.losses import cross_entropy, kl
+from rain_jax.losses import cross_entropy, kl, largest
 from rain_jax.methods.common import BatchNorm, Found, Staged, finder, moved, outer, right, total
 from rain_jax.types import (
     Array,
@@ -28,7 +28,7 @@ def boosted_cross_entropy(logits: Logits, label: Array) -> Scalar:
     """CE - log(1 - the largest wrong probability): pushes the runner-up down as well."""
     probabilities = jax.nn.softmax(logits)
     wrong = jnp.where(jnp.arange(logits.shape[-1]) == label, -1.0, probabilities)
-    return cross_entropy(logits, label) - jnp.log(_CERTAIN - jnp.max(wrong) + _TINY)
+    return cross_entropy(logits, label) - jnp.log(_CERTAIN - largest(wrong) + _TINY)
 
 
 def mart(
