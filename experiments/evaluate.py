@@ -94,6 +94,11 @@ def evaluate(
         notes += (*proven.notes(), *_not_climbed(experiment))
         if not proven.valid:
             counts.pop("worst case", None)
+    if near := record.near_boundary(measured):
+        notes += (
+            f"{near:,} of {len(clean.index):,} images were judged within rounding of the decision "
+            "boundary: another kind of machine may judge these otherwise, and no others",
+        )
     failed = [check for check in checks or () if not check.passed]
     notes += tuple(check.flag() for check in failed)
     if checks is None:

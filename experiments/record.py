@@ -93,7 +93,9 @@ def described(
             "radius": radius,
             "radius_in_255": 255 * radius,
         },
-        "clean": {**stands["clean"], **_over_draws(experiment, clean), **_cost(clean)},
+        "clean": {
+            **stands["clean"], **_over_draws(experiment, clean), **_near(clean), **_cost(clean),
+        },
         "attacks": {
             title: {
                 **stands[title],
@@ -109,6 +111,8 @@ def described(
         "worst_case": {
             **[v for title, v in stands.items() if title not in measured.checks][-1],
             **_over_draws(experiment, measured.worst),
+            # On another kind of machine these verdicts may come out otherwise, and no others.
+            "near_boundary": near_boundary(measured),
         },
         "distances": {
             title: {
@@ -181,6 +185,22 @@ def _of_draws(judgement: evaluation.Judgement) -> dict[str, float]:
     }
 
 
+def near_boundary(measured: Measured) -> int:
+    """How many images were judged within rounding of the boundary, in a column that counts."""
+    near = np.zeros(len(measured.columns["clean"].judgement.index), bool)
+    columns = [c for title, c in measured.columns.items() if title not in measured.checks]
+    if measured.worst is not None:
+        columns.append(measured.worst)
+    for column in columns:
+        near[column.judgement.index[np.asarray(column.judgement.near_boundary)]] = True
+    return int(np.sum(near))
+
+
+def _near(column: Column) -> dict[str, int]:
+    """How many of a column's verdicts are of images within rounding of the boundary."""
+    return {"near_boundary": int(np.sum(column.judgement.near_boundary))}
+
+
 def _told(column: Column) -> dict[str, Any]:
     """An attack's own figures, over the images that it was given."""
     judgement = column.judgement
@@ -192,6 +212,7 @@ def _told(column: Column) -> dict[str, Any]:
         "largest_distance": float(np.max(judgement.distance)),
         "mean_margin": float(np.mean(judgement.margin)),
         **_of_draws(judgement),
+        **_near(column),
         "mean_steps": float(np.mean(column.steps)),
         **_cost(column),
     }

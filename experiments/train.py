@@ -220,11 +220,11 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Validator 
     def validate(state: training.TrainState, key: Key, log: MetricsLog, step: int) -> float:
         variables = training.variables_of(training.model_of(state))
         results = {}
-        for name, program in {"clean": programs.clean, **programs.attacks}.items():
+        for name in [None, *programs.attacks]:
             batches = data.evaluation_batches(source, batch_size)
-            judged = evaluation.run(program, devices, variables, key, batches)
+            judged = evaluation.run(programs, name, variables, key, batches)
             results[name] = evaluation.join([judgement for judgement, _ in judged])
-        clean = results.pop("clean")
+        clean = results.pop(None)
         stands = evaluation.worst_case(clean, results.values())
         robust = evaluation.proportion(stands).value
         right = evaluation.proportion(clean.right).value

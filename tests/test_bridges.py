@@ -249,7 +249,7 @@ def test_devices_take_turns():
             lambda _, f=f: f, evaluation.Rules(LINF), {"pgd": attack}, devices
         )
         judged = evaluation.run(
-            programs.attacks["pgd"], devices, devices.replicate({}),
+            programs, "pgd", devices.replicate({}),
             devices.replicate(jax.random.key(0)), [batch],
         )  # fmt: skip
         verdicts.append(evaluation.join([judgement for judgement, _ in judged]))

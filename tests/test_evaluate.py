@@ -25,9 +25,8 @@ def experiment_of(tmp_path: Path, **settings):
 
 @pytest.fixture(scope="module")
 def variables():
-    """Untrained weights, scaled so that some images are right and attacks have work to do."""
-    network = build.experiment(_plain()).network
-    return network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    """Untrained weights, of which some images are right and attacks have work to do."""
+    return commands.drawn(build.experiment(_plain()).network, (8, 8, 1), seed=6)
 
 
 def _plain():
@@ -117,6 +116,24 @@ def test_the_hash_of_the_data_knows_each_pixel(tmp_path, variables):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_images_within_rounding_of_the_boundary_are_counted(tmp_path, variables):
+    settings = {"attacks.pgd40": dict(name="noise"), "images": 16, "checks": False}
+    row, _, record, verdicts = told(tmp_path, variables, **settings)
+    assert record["worst_case"]["near_boundary"] == 0
+    assert not any("within rounding" in note for note in row.notes)
+    assert np.all(verdicts["clean/rounding"] > 0)
+    (tmp_path / "ties").mkdir()
+    # All logits are zero: ties everywhere, which count as wrong.
+    nothing = jax.tree.map(jnp.zeros_like, variables)
+    row, _, record, verdicts = told(tmp_path / "ties", nothing, **settings)
+    assert record["clean"]["near_boundary"] == record["clean"]["of"] == 16
+    assert record["attacks"]["pgd40"]["near_boundary"] == 16
+    assert record["worst_case"]["near_boundary"] == 16  # images, not verdicts
+    assert record["worst_case"]["right"] == 0
+    assert np.all(verdicts["pgd40/near_boundary"])
+    assert any("16 of 16 images were judged within rounding" in note for note in row.notes)
+
+
 def test_who_was_not_looked_into_is_not_said_to_be_sound(tmp_path, variables):
     row, _, record, _ = told(tmp_path, variables, checks=False)
     assert (record["checks"], record["flagged"]) == ([], None)
@@ -162,8 +179,11 @@ def test_verdicts_of_a_cascade_are_those_of_independent_columns(tmp_path, variab
 
 
 def test_distances_tell_the_accuracy_at_every_radius(tmp_path, variables):
+    # Towards one class, so that the boundary lies far from some of its images.
+    biased = jax.tree.map(np.copy, variables)
+    biased["params"]["classifier"]["bias"][3] += 2.0
     row, _, record, verdicts = told(
-        tmp_path, variables, **{"distances.fmn": dict(name="fmn", steps=30)}
+        tmp_path, biased, **{"distances.fmn": dict(name="fmn", steps=30)}
     )
     assert "fmn" not in row.columns
     (note,) = row.notes
@@ -279,16 +299,15 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
 
 
 def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, monkeypatch):
-    noisy = {"attacks.pgd40": dict(name="fgsm"), "draws": 8, "checks": False}
+    noisy = {"attacks.pgd40": dict(name="fgsm"), "draws": 16, "checks": False}
     whole = configuring.changed(
         experiment_of(tmp_path, **noisy).config,
         [("defence", dict(name="gaussian_noise", scale=0.2))],
     )
     experiment = build.experiment(whole)
-    drawn = experiment.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    drawn["params"] = jax.tree.map(lambda leaf: 3 * leaf, drawn["params"])
-    evaluate.evaluate(experiment, drawn, tmp_path, "untrained", 0)
-    monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (drawn, 0))
+    loud = commands.drawn(experiment.network, (8, 8, 1), seed=6)
+    evaluate.evaluate(experiment, loud, tmp_path, "untrained", 0)
+    monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (loud, 0))
     recount.main(whole, tmp_path)
     path = tmp_path / "evaluation.json"
     record = json.loads(path.read_text())

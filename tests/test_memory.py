@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ def limited(monkeypatch, name: str, fits: int) -> list[int]:
 @pytest.fixture(scope="module")
 def untrained():
     network = test_evaluate.build.experiment(test_evaluate._plain()).network
-    return network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    return commands.drawn(network, (8, 8, 1), seed=1)
 
 
 @pytest.mark.parametrize("name", ["packed", "judging"])
@@ -59,8 +60,11 @@ def test_an_evaluation_goes_on_with_smaller_batches(
     # Once is enough: what comes after begins with what fits.
     assert tried == sorted(tried, reverse=True)
     assert record["clean"]["of"] == 83
+    rounded = ("margin", "distance", "rounding")
     for key in expected:
-        if not key.endswith("/steps"):  # until an image is let go turns on who was beside it
+        if key.endswith(rounded):  # other batches round otherwise
+            np.testing.assert_allclose(verdicts[key], expected[key], atol=1e-5, err_msg=key)
+        elif not key.endswith("/steps"):  # until an image is let go turns on who was beside it
             np.testing.assert_array_equal(verdicts[key], expected[key], err_msg=key)
 
 

@@ -22,7 +22,7 @@ def nobody() -> Judgement:
     """The judgement of no images."""
     empty = np.zeros(0)
     whole, flag = empty.astype(np.int32), empty.astype(bool)
-    return Judgement(whole, whole, flag, empty, empty, whole, flag, empty)
+    return Judgement(whole, whole, flag, empty, empty, whole, flag, empty, empty, flag)
 
 
 def standing(judgement: Judgement) -> np.ndarray:

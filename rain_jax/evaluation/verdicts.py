@@ -1,10 +1,13 @@
 """The judge: whether an image is classified rightly, by keys of its own, within the threat.
 
-An attack returns an image; whether it succeeded is decided here. Verdicts are per image and do not
-depend on the batch size or on the number of devices.
+An attack returns an image; whether it succeeded is decided here. On given images verdicts depend
+neither on the batch size nor on the number of devices: `boundary` sees to those that rounding could
+turn. (What an attack finds does depend on them: a gradient that rounds to another sign leads it to
+another image, as another random start would.)
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +16,7 @@ import numpy as np
 
 from rain_jax.checks import whole
 from rain_jax.data import as_float
+from rain_jax.evaluation import boundary
 from rain_jax.norms import allowed
 from rain_jax.parallel import Devices, image_keys, round_up, rows_of_process
 from rain_jax.types import (
@@ -75,6 +79,9 @@ class Judgement(NamedTuple):
     prediction: Any  # int32, the class of the largest mean logit
     allowed: Any  # bool: the image keeps to the threat; one that does not counts as unbroken
     distance: Any  # in the threat's norm, from the clean image
+    rounding: Any  # float32: a bound on how far rounding may move the margin
+    # bool: a margin lay within that of zero, so the verdict is that of the program of one image
+    near_boundary: Any
 
 
 class Found(NamedTuple):
@@ -96,13 +103,15 @@ class Rules(NamedTuple):
 
 
 def judge(
-    logits_fn: LogitsFn, rules: Rules, key: Key, clean: Image, candidate: Image, label: Target
-) -> tuple[tuple[Scalar, ...], Image]:
+    logits_fn: LogitsFn, rules: Rules, key: Key, clean: Image, candidate: Image, label: Target,
+    bound: float = boundary.FLOAT32,
+) -> tuple[tuple[Scalar, ...], Image]:  # fmt: skip
     """The fields of a `Judgement` from `right` on, and the image that was judged.
 
     That is `candidate`, rounded where the rules say so. Random models are judged by their mean
     logits over fresh keys. Logits that are not numbers are wrong, whatever they favour, and so are
-    ties: a constant classifier must not look right for one of the classes.
+    ties: a constant classifier must not look right for one of the classes. `bound` is on rounding,
+    in units of the largest logit.
     """
     if rules.eight_bit:
         candidate = rounded(rules.threat, clean, candidate)
@@ -116,11 +125,14 @@ def judge(
     logits = jax.vmap(lambda k: logits_fn(k, candidate))(keys)
     mean = jnp.mean(logits, axis=0)
     verdict, margin = right(mean)
-    share = jnp.mean(jax.vmap(lambda one: right(one)[0])(logits), dtype=jnp.float32)
+    single, margins = jax.vmap(right)(logits)
+    share = jnp.mean(single, dtype=jnp.float32)
     prediction = jnp.argmax(mean).astype(jnp.int32)
     distance = rules.threat.norm.measure(candidate - clean)
     keeps = allowed(rules.threat, clean, candidate)
-    return (verdict, share, margin, prediction, keeps, distance), candidate
+    rounding = jnp.float32(bound * jnp.max(jnp.abs(logits)))
+    near = (jnp.abs(margin) <= rounding) | jnp.any(jnp.abs(margins) <= rounding)
+    return (verdict, share, margin, prediction, keeps, distance, rounding, near), candidate
 
 
 def rounded(threat: Threat, clean: Image, candidate: Image) -> Image:
@@ -144,6 +156,7 @@ class Evaluator(NamedTuple):
 
     clean: Callable[..., tuple[Judgement, Array]]
     attacks: dict[str, Callable[..., tuple[Judgement, Array]]]
+    settle: "Settle"
     devices: Devices
 
 
@@ -154,9 +167,14 @@ def evaluator(
 
     Every image goes through the whole attack, broken or not: for looks at a model while it trains.
     `logits_fn_of(variables)` is the model; variables are data, so that one program serves every
-    checkpoint.
+    checkpoint. `run` runs them.
     """
     whole("draws", rules.draws, 1)
+
+    def model_of(variables: Variables, values: PyTree) -> LogitsFn:
+        return logits_fn_of(variables)
+
+    judging_of = _Judging(model_of, lambda values: rules, devices)
 
     def program(attack: Attack | None) -> Callable[..., tuple[Judgement, Array]]:
         def body(
@@ -164,19 +182,18 @@ def evaluator(
         ) -> tuple[Judgement, Array]:
             logits_fn = logits_fn_of(variables)
 
-            def one(key: Key, image: Image, label: Target) -> tuple[tuple[Scalar, ...], Image]:
-                attack_key, judge_key = split_for_judge(key)
-                found = image if attack is None else attack(attack_key, logits_fn, image, label)
-                return judge(logits_fn, rules, judge_key, image, found, label)
+            def one(key: Key, image: Image, label: Target) -> Image:
+                attack_key, _ = split_for_judge(key)
+                return image if attack is None else attack(attack_key, logits_fn, image, label)
 
             keys = image_keys(key, batch.index)
-            seen, images = jax.vmap(one)(keys, as_float(batch.image), batch.label)
-            return Judgement(batch.index, batch.label, *seen), images
+            found = jax.vmap(one)(keys, as_float(batch.image), batch.label)
+            return judging_of.body(variables, key, batch, found)
 
         return devices.map(body, inputs=(False, False, True), outputs=(True, True))
 
     programs = {name: program(attack) for name, attack in attacks.items()}
-    return Evaluator(program(None), programs, devices)
+    return Evaluator(program(None), programs, judging_of.settle, devices)
 
 
 def split_for_judge(key: Key) -> tuple[Key, Key]:
@@ -199,6 +216,7 @@ class Verdicts(NamedTuple):
     values: PyTree = ()  # of `Lanes`
 
 
+Settle = Callable[..., tuple[Judgement, np.ndarray]]
 Judging = Callable[[Variables, Key, Iterable[Found]], Iterator[Verdicts]]
 
 
@@ -225,31 +243,18 @@ def judging_lanes(
     `rules_of` is given the traced values of one image, and NumPy's of many: a radius may be among
     them, nothing else of the rules.
     """
-
-    def body(
-        variables: Variables, key: Key, batch: Batch | Lanes, found: Array,
-        axis_name: AxisName = None,
-    ) -> tuple[Judgement, Array]:  # fmt: skip
-        def one(key: Key, clean: Image, found: Image, label: Target, values: PyTree) -> Any:
-            rules, logits_fn = rules_of(values), model_of(variables, values)
-            return judge(logits_fn, rules, split_for_judge(key)[1], clean, found, label)
-
-        keys = image_keys(key, batch.index)
-        seen, images = jax.vmap(one)(
-            keys, as_float(batch.image), found, batch.label, values_of(batch)
-        )
-        return Judgement(batch.index, batch.label, *seen), images
-
-    program = devices.map(body, inputs=(False, False, True, True), outputs=(True, True))
+    judging_of = _Judging(model_of, rules_of, devices)
+    program = devices.map(judging_of.body, inputs=(False, False, True, True), outputs=(True, True))
     size = round_up(batch_size, devices.size)
 
     def judged(variables: Variables, key: Key, found: Found) -> Verdicts:
         count = len(found.batch.index)
         full = jax.tree.map(lambda leaf: _padded(leaf, size), (found.batch, found.image))
-        judgement, images = devices.gather(
-            program(variables, key, *devices.split(rows_of_process(full)))
+        seen = devices.gather(program(variables, key, *devices.split(rows_of_process(full))))
+        judgement, images = jax.tree.map(lambda leaf: leaf[:count], seen)
+        judgement, images = judging_of.settle(
+            variables, key, found.batch, found.image, judgement, images
         )
-        judgement, images = jax.tree.map(lambda leaf: leaf[:count], (judgement, images))
         values = values_of(found.batch)
         threat = rules_of(values).threat
         keeps, distance = kept_in_float64(threat, as_float(found.batch.image), images)
@@ -261,6 +266,59 @@ def judging_lanes(
             yield judged(variables, key, some)
 
     return judge_all
+
+
+class _Judging:
+    """What judges a batch, on one device, and settles what rounding may have turned."""
+
+    def __init__(self, model_of: ModelOf, rules_of: Callable[[PyTree], Rules], devices: Devices):
+        self._model_of, self._rules_of = model_of, rules_of
+        self._platform = devices.mesh.devices.flat[0].platform
+        self._alone = boundary.one_by_one(self.body, devices)
+
+    def body(
+        self, variables: Variables, key: Key, batch: Batch | Lanes, found: Array,
+        axis_name: AxisName = None,
+    ) -> tuple[Judgement, Array]:  # fmt: skip
+        """Judges the images `found` of a batch, by the keys of its images."""
+
+        def one(
+            bound: float, key: Key, clean: Image, found: Image, label: Target, values: PyTree
+        ) -> Any:
+            rules, logits_fn = self._rules_of(values), self._model_of(variables, values)
+            judge_key = split_for_judge(key)[1]
+            return judge(logits_fn, rules, judge_key, clean, found, label, bound)
+
+        keys = image_keys(key, batch.index)
+        rows = keys, as_float(batch.image), found, batch.label, values_of(batch)
+        bound = self._bound(variables, *jax.tree.map(lambda leaf: leaf[0], rows))
+        seen, images = jax.vmap(partial(one, bound))(*rows)
+        return Judgement(batch.index, batch.label, *seen), images
+
+    def _bound(
+        self, variables: Variables, key: Key, clean: Image, found: Image, label: Target, values: Any
+    ) -> float:
+        """How far rounding may move the margin, by the types that the model computes in."""
+        model = lambda variables, key, image, values: self._model_of(variables, values)(key, image)
+        return boundary.rounding(model, variables, key, found, values, platform=self._platform)
+
+    def settle(
+        self, variables: Variables, key: Key, batch: Batch | Lanes, found: np.ndarray,
+        judgement: Judgement, images: np.ndarray,
+    ) -> tuple[Judgement, np.ndarray]:  # fmt: skip
+        """The same judgements, but of images near the boundary those of the program of one image.
+
+        All arrays are NumPy's, [n, ...] of any batch; `found` is what `body` was given.
+        """
+        places = np.flatnonzero(judgement.near_boundary)
+        if not len(places):
+            return judgement, images
+        some = jax.tree.map(lambda leaf: np.asarray(leaf)[places], (batch, found))
+        seen, again = self._alone(variables, key, *some)
+        before = judgement.margin[places]
+        boundary.warn_where_it_is_too_narrow(before, seen.margin, seen.rounding)
+        seen = seen._replace(near_boundary=np.ones(len(places), bool))
+        return boundary.replaced((judgement, images), places, (seen, again))
 
 
 def as_they_are(batches: Iterable[Batch | Lanes]) -> Iterator[Found]:
@@ -308,25 +366,31 @@ def _regrouped(found: Iterable[Found], size: int) -> Iterator[Found]:
 
 
 def run(
-    program: Callable[..., tuple[Judgement, Array]],
-    devices: Devices,
+    programs: Evaluator,
+    attack: str | None,
     variables: Variables,
     key: Key,
     batches: Iterable[Batch],
 ) -> Iterator[tuple[Judgement, np.ndarray]]:
-    """Judgements and images of every batch, padding taken off, as NumPy arrays of all processes.
+    """Judgements and images of every batch under an attack, or as they are where it is None.
 
-    Results are fetched one batch late, so the devices work while the host counts.
+    Padding is taken off; NumPy arrays of all processes. Results are fetched one batch late, so the
+    devices work while the host counts.
     """
-    waiting: tuple[tuple[Judgement, Array], np.ndarray] | None = None
+    devices = programs.devices
+    program = programs.clean if attack is None else programs.attacks[attack]
+    waiting: tuple[tuple[Judgement, Array], Batch] | None = None
 
-    def fetch(results: tuple[Judgement, Array], valid: np.ndarray) -> tuple[Judgement, np.ndarray]:
-        return jax.tree.map(lambda leaf: leaf[valid], devices.gather(results))
+    def fetch(results: tuple[Judgement, Array], batch: Batch) -> tuple[Judgement, np.ndarray]:
+        valid = np.asarray(batch.valid)
+        judgement, images = jax.tree.map(lambda leaf: leaf[valid], devices.gather(results))
+        mine = jax.tree.map(lambda leaf: np.asarray(leaf)[valid], batch)
+        return programs.settle(variables, key, mine, images, judgement, images)
 
     for batch in batches:
         results = program(variables, key, devices.split(rows_of_process(batch)))
         if waiting is not None:
             yield fetch(*waiting)
-        waiting = results, np.asarray(batch.valid)
+        waiting = results, batch
     if waiting is not None:
         yield fetch(*waiting)

@@ -62,9 +62,7 @@ def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None
         defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     batches = data.evaluation_batches(source, round_up(size, count))
-    results = evaluation.run(
-        programs.attacks["pgd"], devices, devices.replicate(variables), ROOT, batches
-    )
+    results = evaluation.run(programs, "pgd", devices.replicate(variables), ROOT, batches)
     return evaluation.join([judgement for judgement, _ in results])
 
 
@@ -109,7 +107,7 @@ def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference
         defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
     )
     placed = devices.replicate(variables)
-    ((found, _),) = evaluation.run(programs.attacks["pgd"], devices, placed, ROOT, [batch])
+    ((found, _),) = evaluation.run(programs, "pgd", placed, ROOT, [batch])
     np.testing.assert_array_equal(found.index, order)
     np.testing.assert_array_equal(found.right, reference.right[order])
 
@@ -125,7 +123,7 @@ BLANK = jnp.full((8, 8, 1), 0.5)
 
 
 def verdict(logits_fn, candidate=BLANK, label=0, draws=1, key=ROOT):
-    (right, _, margin, prediction, allowed, distance), _ = evaluation.judge(
+    (right, _, margin, prediction, allowed, distance, *_), _ = evaluation.judge(
         logits_fn, Rules(THREAT, draws), key, BLANK, candidate, label
     )
     return dict(right=bool(right), margin=float(margin), prediction=int(prediction),
@@ -137,7 +135,9 @@ def judgement(right, allowed=True, index=None):
     index = np.arange(len(right)) if index is None else np.asarray(index)
     zeros = np.zeros(len(right))
     kept = np.broadcast_to(allowed, right.shape)
-    return evaluation.Judgement(index, zeros, right, right, zeros, zeros, kept, zeros)
+    return evaluation.Judgement(
+        index, zeros, right, right, zeros, zeros, kept, zeros, zeros, zeros.astype(bool)
+    )
 
 
 @pytest.mark.parametrize("label", range(4))
@@ -280,7 +280,7 @@ def test_the_judge_draws_keys_that_the_attack_does_not_know():
         np.ones(16, bool),
     )  # fmt: skip
     ((found, _),) = evaluation.run(
-        programs.attacks["spy"], devices, devices.replicate({}), devices.replicate(key), [batch]
+        programs, "spy", devices.replicate({}), devices.replicate(key), [batch]
     )
     assert np.all(found.allowed)
     assert np.all(found.right)
