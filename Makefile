@@ -1,6 +1,10 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make quickstart    trains and evaluates on digits that need no download
 #   make test          runs the tests
+# Beside them
+#   make test-fast     runs the laws of attacks, losses, norms, errors and training steps, for a first look
+#   make test-isa      runs what asserts numbers as compiled for other CPUs: ISA="SSE4_2 AVX"
+#   make extras        installs what tests of PyTorch, ONNX and corruptions need, or they are skipped
 # PYTHON=python3.13 chooses an interpreter, VENV=folder another environment.
 
 PYTHON ?= python3
@@ -9,13 +13,34 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2]
 CONSTRAINTS := constraints/py$(VERSION).txt
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint format clean
+ISA ?= SSE4_2 AVX AVX2 AVX512
+FAST := tests/attacks/test_laws.py tests/test_layout.py tests/test_losses.py tests/test_norms.py \
+    tests/test_defences_bad_inputs.py tests/test_training.py
+TESTS := -m pytest -n 2 --dist worksteal
+
+.PHONY: quickstart test test-fast test-isa extras lint format clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m experiments.train --config=experiments/configs/quickstart.py
 
+# What asserts numbers is compiled as users' programs are; the rest is compiled faster.
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) $(TESTS) -m "not structure"
+	COMPILE=fast $(RUN) $(TESTS) -m structure
+
+test-fast: $(VENV)/.installed
+	$(RUN) $(TESTS) -m "not structure" $(FAST)
+
+test-isa: $(VENV)/.installed
+	@for isa in $(ISA); do echo "--- $$isa"; \
+	    XLA_FLAGS="--xla_cpu_max_isa=$$isa" $(RUN) $(TESTS) -m "not structure" || failed=yes; \
+	done; test -z "$$failed"
+
+# PyTorch by itself and first: with its CPU build in place nothing asks for another.
+extras: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+	    -e '.[test,torch,export,onnx,corruptions]'
 
 lint: $(VENV)/.linters
 	$(VENV)/bin/ruff check .

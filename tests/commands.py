@@ -1,5 +1,6 @@
 """Small runs of the real commands, in processes of their own."""
 
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from experiments.running import items_of, no_sums
 from experiments.steps import in_dispatches, plan_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.types import Network, Variables
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of any run, or of none: what is looked at, and what is measured.
@@ -40,7 +42,7 @@ def get_config():
     return config(
         seed=3,
         data=dict(name="digits", holdout=200, limit_train=640, limit_test=83),
-        network=dict(name="cnn", widths=(8, 16), hidden=32, batch_norm=True),
+        network=dict(name="cnn", widths=(16,), hidden=32, batch_norm=True),
         threat=dict(norm="linf", radius=0.1),
         method=dict(name="adversarial", attack=attack),
         optimiser=dict(name="sgd", momentum=0.9, nesterov=True, weight_decay=5e-4),
@@ -62,22 +64,16 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-# Whether commands compile as `conftest` has tests compile, which a module may ask for.
-IN_HASTE = False
-
-
 def start(
     module: str, *arguments: Any, devices: int = 8, folder: Path, **environment: str
 ) -> subprocess.Popen:
     """`python -m experiments.MODULE` on simulated devices; output goes to files in `folder`.
 
-    Compiled as users' are, unless in haste, whatever the tests' own programs are. Into files and
-    not pipes: a child that nobody reads must not wait, and what a killed one has said must not be
-    lost.
+    Compiled as the tests' own programs are. Into files and not pipes: a child that nobody reads
+    must not wait, and what a killed one has said must not be lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = ("device_count",) if IN_HASTE else ("device_count", "optimization_level")
-    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not any(o in f for o in own)]
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
     environment = {
         **os.environ,
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
@@ -176,9 +172,13 @@ def results(folder: Path) -> dict[str, Any]:
     return kept(json.loads((folder / "evaluation.json").read_text()))
 
 
-def final(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """Everything in the newest checkpoint of a run, by name: read on one device of this process."""
-    experiment = build.experiment(json.loads((folder / "config.json").read_text()))
+@functools.cache
+def shapes_of(config: str) -> tuple[Any, Any]:
+    """What the two items of a checkpoint look like in runs of this config: one trace for them all.
+
+    It is JSON, so that it can be remembered.
+    """
+    experiment = build.experiment(json.loads(config))
     plan = plan_of(experiment)
     method = training.minimise(
         experiment.objective,
@@ -189,13 +189,48 @@ def final(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     state = jax.eval_shape(
         lambda key: method.init(experiment.network.init(key, images)), jax.random.key(0)
     )
+    return items_of(state, no_sums(experiment, method, state))
+
+
+def final(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Everything in the newest checkpoint of a run, by name: read on one device of this process."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        found = checkpoints.restore(*items_of(state, no_sums(experiment, method, state)))
+        found = checkpoints.restore(*shapes_of((folder / "config.json").read_text()))
     assert found is not None
     assert not checkpoints.skipped
     step, *items = found
     leaves, _ = jax.tree.flatten_with_path(dict(zip(("model", "train"), items, strict=True)))
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def drawn(network: Network, shape: tuple[int, ...], seed: int = 0) -> Variables:
+    """Variables of a network for images of a shape [H, W, C], whose kernels NumPy draws.
+
+    The rest is as `init` makes it. What JAX draws for the kernels of convolutions takes longer to
+    compile, seconds for each, than most of what a test does with them.
+    """
+    images = np.zeros((1, *shape), np.float32)
+    draw = np.random.default_rng(seed)
+
+    def is_kernel(path: Any) -> bool:
+        return getattr(path[-1], "key", None) == "kernel"
+
+    @jax.jit  # in which the draws are dead code
+    def others(key: Any) -> Any:
+        found = network.init(key, images)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.zeros(()) if is_kernel(path) else leaf, found
+        )
+
+    def filled(path: Any, leaf: Any, like: Any) -> jax.Array:
+        if not is_kernel(path):
+            return leaf
+        scale = np.sqrt(2 / np.prod(like.shape[:-1]))
+        return jnp.asarray((scale * draw.standard_normal(like.shape)).astype(like.dtype))
+
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(network.init, key, images)
+    return jax.tree_util.tree_map_with_path(filled, others(key), shapes)
 
 
 def one_by_one(feeds: Iterator[tuple[Any, Any]], count: int) -> Iterator[Any]:

@@ -6,13 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first JAX call. Eight devices on one CPU; and machine code as LLVM first writes it, for
-# tests wait for the compiler and hardly for what it compiled. What XLA makes of a program is as
-# ever, and commands that tests start are compiled as users' are (`commands.start`).
+# Before the first JAX call. Programs are compiled as users' are. `COMPILE=fast` takes machine code
+# as LLVM first writes it, in half the time: for tests marked `structure`, which assert nothing
+# about numbers that a program computed, and no others then run.
+FAST = os.environ.get("COMPILE") == "fast"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
-for _name, _value in {
-    "xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0,
-}.items():  # fmt: skip
+_OWN = {"xla_force_host_platform_device_count": 8}
+if FAST:
+    _OWN["xla_backend_optimization_level"] = 0
+for _name, _value in _OWN.items():
     if _name not in _FLAGS:
         _FLAGS = f"{_FLAGS} --{_name}={_value}".strip()
 os.environ["XLA_FLAGS"] = _FLAGS
@@ -29,6 +31,33 @@ import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Files that assert numbers and are still compiled at level 0, as all were: their expectations have
+# not been tried at the usual level on every kind of CPU. To be emptied.
+NOT_YET = (
+    "tests/methods/", "tests/evaluation/test_cost.py", "tests/evaluation/test_smoothing.py",
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            "bad_inputs", "benchmark", "benchmark_training", "cache", "checkpoints", "data",
+            "evaluation_resume", "logs", "processes", "report", "resume", "sanity", "upscale",
+        )
+    ),
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What asserts numbers runs as users' programs are compiled, but for the files `NOT_YET`."""
+    for item in items:
+        if item.nodeid.startswith(NOT_YET):
+            item.add_marker("structure")
+    if FAST:
+        left = [item for item in items if item.get_closest_marker("structure") is None]
+        items[:] = [item for item in items if item.get_closest_marker("structure") is not None]
+        config.hook.pytest_deselected(items=left)
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
