@@ -12,7 +12,6 @@ from typing import Any
 
 import commands
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -343,8 +342,7 @@ def write_data(files: Path) -> None:
 def write_runs(files: Path) -> None:
     """Folders as a training leaves them, whole and damaged, without any training."""
     experiment = build.experiment(cli.load_config(str(files / "tiny.py")))
-    images = jnp.zeros((1, *experiment.splits.train.shape))
-    variables = experiment.network.init(jax.random.key(0), images)
+    variables = commands.drawn(experiment.network, experiment.splits.train.shape)
     params = variables.pop("params")
     model = {"params": params, "model_state": variables, "average": params}
     workdir.claim(files / "new", experiment.config)
@@ -356,7 +354,10 @@ def write_runs(files: Path) -> None:
     for path in (files / "broken" / "checkpoints" / "2").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-7])
-    model["average"] = {**params, "conv1": {"kernel": params["conv1"]["kernel"] * jnp.nan}}
+    model["average"] = {
+        **params,
+        "conv1": {"kernel": params["conv1"]["kernel"] * np.float32(np.nan)},
+    }
     with Checkpoints(files / "nan" / "checkpoints") as checkpoints:
         checkpoints.save(2, model, {"step": 2})
     (files / "torn" / "config.json").write_text('{"seed": 0, "meth')

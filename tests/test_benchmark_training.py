@@ -1,6 +1,7 @@
 """The benchmark's training steps: their work is counted, and PyTorch takes the same ones."""
 
 import importlib.util
+from functools import cache
 from typing import get_args
 
 import jax
@@ -82,6 +83,7 @@ def test_an_attack_step_counts_two_passes_and_its_last_image_none():
     def forward(images):
         return workload.made.apply(variables, images)[0]
 
+    @cache
     def work(name, steps):
         function, arguments, *_ = workload.program(name, steps)
         return gflop_of(function, *arguments)

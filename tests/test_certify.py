@@ -23,9 +23,12 @@ def config_of(folder, **own):
     exec(commands.write_config(folder).read_text(), scope)
     whole = configuring.plain(scope["get_config"]())
     whole["evaluation"] = {
-        "attacks": {"fgsm": {"name": "fgsm"}}, "batch_size": 100, "images": 5, "draws": 1
+        "attacks": {"fgsm": {"name": "fgsm"}}, "batch_size": 100, "images": 5, "draws": 1,
+        "checks": False,
     }  # fmt: skip
     whole["parallel"]["devices"] = 1
+    # Which learns something in 30 steps, whatever noise it stands behind.
+    whole["network"]["widths"] = (8, 16)
     whole |= {"method": dict(name="natural"), "validation": None, **own}
     return configuring.config(**whole)
 

@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import json
+from functools import cache
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from rain_jax.checks import UsageError
 from rain_jax.defences.network import in_front
 from rain_jax.models import upscalers
 
-IMAGES = np.asarray(jax.random.uniform(jax.random.key(0), (3, 8, 8, 3)))
+IMAGES = np.random.default_rng(0).uniform(size=(3, 8, 8, 3)).astype(np.float32)
 CNN = models.cnn(4, widths=(4,), hidden=8, batch_norm=True, mean=0.4, std=0.3)
 NETWORKS = {
     "bare": CNN,
@@ -32,9 +34,10 @@ def needs(format):
         pytest.skip(f"{absent[0]} is not installed: see the extra `{format}`")
 
 
+@cache
 def of(which):
     network = NETWORKS[which]
-    return network, jax.jit(network.init)(jax.random.key(1), IMAGES)
+    return network, commands.drawn(network, IMAGES.shape[1:])
 
 
 @pytest.mark.parametrize("which", NETWORKS)
@@ -59,7 +62,7 @@ def test_stablehlo_convolves_as_every_platform_does():
     needs("stablehlo")
     network = models.preact_resnet(4, depths=(1,), width=64)
     images = np.resize(IMAGES, (3, 16, 16, 3))
-    variables = jax.jit(network.init)(jax.random.key(1), images)
+    variables = commands.drawn(network, (16, 16, 3))
     kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(variables))
     here = jax.jit(export.function_of(network, variables)).lower(images).as_text()
     assert here.count("stablehlo.convolution") < kernels
@@ -132,7 +135,7 @@ def config(**start):
     return configuring.config(
         data=dict(name="digits", holdout=100, limit_train=128, limit_test=40),
         network=dict(
-            name="preact_resnet", depths=(2, 2), width=4, variant="kuangliu", mean=0.3, std=0.5
+            name="preact_resnet", depths=(1, 2), width=4, variant="kuangliu", mean=0.3, std=0.5
         ),
         threat=dict(radius=0.1),
         method=dict(name="natural"),
@@ -146,8 +149,7 @@ def config(**start):
 
 def published(**more):
     """Random arrays by the names of kuangliu's pre-activation networks, and our variables."""
-    experiment = build.experiment(config())
-    variables = experiment.network.init(jax.random.key(5), np.zeros((1, 8, 8, 1), np.float32))
+    variables = commands.drawn(build.experiment(config()).network, (8, 8, 1))
     state = {"mu": np.array([0.3]), "sigma": np.array([0.5])}
 
     def add(name, params, stats):
@@ -251,9 +253,9 @@ def test_the_command_writes_the_file_and_its_description(tmp_path, capsys):
     assert told["inputs"]["images"]["range"] == [0, 1]
     assert told["classes"] == list("0123456789")
     assert not told["random"]
-    images = np.asarray(jax.random.uniform(jax.random.key(0), (5, 8, 8, 1)))
+    images = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype(np.float32)
     found = jax.export.deserialize(bytearray(content)).call(images)
-    expected = experiment.network.apply(variables, images)[0]
+    expected = jax.jit(experiment.network.apply)(variables, images)[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert "model.stablehlo" in capsys.readouterr().out
 

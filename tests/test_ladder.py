@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from functools import partial
 from typing import NamedTuple
 
 import commands
@@ -50,8 +51,7 @@ def experiment_of(tmp_path, *changes, **sections):
 
 
 def drawn(experiment):
-    images = jnp.zeros((1, *experiment.splits.train.shape))
-    return jax.jit(experiment.network.init)(jax.random.key(0), images)
+    return commands.drawn(experiment.network, experiment.splits.train.shape)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +291,7 @@ def test_mistakes_are_told(tmp_path, change, says):
 # --- The whole --------------------------------------------------------------------------------
 
 
+@pytest.mark.structure
 @pytest.mark.parametrize("defence", [RAIN, JPEG], ids=["rain", "jpeg"])
 def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     more = {"ensemble": VOTE} if defence is JPEG else {}
@@ -356,12 +357,12 @@ def test_images_made_elsewhere_are_made_against_the_other_runs_model(before, cli
     attack = experiment.looks["elsewhere"].attack
     source = data.first(experiment.splits.test, 20)
     (batch,) = data.evaluation_batches(source, 20)
-    keys = image_keys(measure.key_of(experiment.seed, "elsewhere"), jnp.asarray(batch.index))
-    keys, _ = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the others are the judge's
 
     @jax.jit
     def margins(against):
         """Of the network that is judged, on what is made against another."""
+        keys = image_keys(measure.key_of(experiment.seed, "elsewhere"), jnp.asarray(batch.index))
+        keys, _ = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the others are the judge's
         images = jax.vmap(lambda k, x, y: attack(k, of(against), x, y))(
             keys, data.as_float(batch.image), batch.label
         )
@@ -369,7 +370,7 @@ def test_images_made_elsewhere_are_made_against_the_other_runs_model(before, cli
         return jax.vmap(margin)(logits, batch.label)
 
     np.testing.assert_allclose(seen["elsewhere/margin"], margins(before[1]), atol=1e-4)
-    assert np.max(np.abs(seen["elsewhere/margin"] - margins(variables))) > 1e-2
+    assert np.max(np.abs(seen["elsewhere/margin"] - np.asarray(margins(variables)))) > 1e-2
     assert record["attacks"]["elsewhere"]["right"] == np.sum(seen["elsewhere/margin"] < 0)
 
 
@@ -404,6 +405,7 @@ def test_the_number_is_given_where_all_checks_pass_and_nowhere_else(climbed, pas
         assert "no worst case is given" in notes
 
 
+@pytest.mark.structure
 def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monkeypatch):
     spared = ["rays", "pgd", "apgd_ce", "apgd_t", "fab_t"]
 
@@ -448,15 +450,20 @@ def test_a_sweeps_cells_are_the_runs_of_their_own(tmp_path):
     for line in lines:
         alone = attack_of(1, line["steps"])
         found = []
+
+        @jax.jit
+        def run(index, image, label, a=alone):
+            keys = image_keys(jax.random.fold_in(key, 1), index)
+            return jax.vmap(lambda k, x, y: a(k, of(variables), x, y))(keys, image, label)
+
         for clean in evaluation.as_they_are(batches):
-            keys = image_keys(jax.random.fold_in(key, 1), jnp.asarray(clean.batch.index))
-            run = jax.vmap(lambda k, x, y, a=alone: a(k, of(variables), x, y))
-            images = run(keys, clean.image, clean.batch.label)
+            images = run(clean.batch.index, clean.image, clean.batch.label)
             found.append(clean._replace(image=np.asarray(images)))
         judged = evaluation.join([v.judgement for v in judge(variables, key, found)])
         assert line["accuracy"] == pytest.approx(np.mean(judged.share))
 
 
+@pytest.mark.structure
 def test_stops_do_not_compile_again(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG)
     attack = attacks.pgd(experiment.threat, steps=9, step_size=0.02)
@@ -519,17 +526,16 @@ def test_chance_is_less_where_nearly_all_or_none_stand():
 
 @pytest.mark.parametrize("random", [False, True])
 def test_slopes_are_those_of_the_margin(random):
-    slope = jnp.array([[2.0], [-1.0]])
+    slope = np.array([[2.0], [-1.0]], np.float32)
 
     def logits_fn(key, image):
         noise = jax.random.normal(key, (2, 1)) if random else jnp.zeros((2, 1))
         return jnp.array([0.0, 1.0]) * jnp.sum((slope + noise) * image[..., 0])
 
-    images = jax.random.uniform(jax.random.key(1), (4, 2, 1, 1))
-    index = jnp.arange(4)
-    batch = Batch(images, jnp.zeros(4, int), index, jnp.ones(4, bool))
+    images = np.random.default_rng(1).uniform(size=(4, 2, 1, 1)).astype(np.float32)
+    batch = Batch(images, np.zeros(4, np.int32), np.arange(4), np.ones(4, bool))
     estimator = eot(3) if random else exact()
-    found = proof.slopes(estimator, logits_fn, jax.random.key(0), batch)
+    found = jax.jit(partial(proof.slopes, estimator, logits_fn))(jax.random.key(0), batch)
     if not random:
         np.testing.assert_allclose(found.length, np.sqrt(5.0), rtol=1e-5)
         np.testing.assert_allclose(found.cosine, 1.0, rtol=1e-5)
@@ -631,7 +637,5 @@ def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path)
     elsewhere = [("evaluation.ladder", dict(steps=3, elsewhere=str(tmp_path / "nowhere")))]
     begun = [("evaluation.attacks.pgd40", None), *elsewhere]
     experiment = build.experiment(configuring.changed(scope["get_config"](), begun))
-    images = jnp.zeros((1, 8, 8, 1))
-    drawn = experiment.network.init(jax.random.key(0), images)
     with pytest.raises(build.UsageError, match="nowhere: expected the folder of a run"):
-        evaluate.evaluate(experiment, drawn, tmp_path, "untrained", 0)
+        evaluate.evaluate(experiment, drawn(experiment), tmp_path, "untrained", 0)

@@ -2,7 +2,6 @@
 
 import commands
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,7 +60,7 @@ def afresh(defence, trained, shape):
     """A defence as it has just been made, around a classifier that has been trained."""
     options = {key: value for key, value in NETWORK.items() if key != "name"}
     network = in_front(defence, models.cnn(10, **options))
-    made = network.init(jax.random.key(5), jnp.zeros((1, *shape)))
+    made = commands.drawn(network, shape)
     whole = parts_of(made)
     return network, with_parts(made, {**whole, "classifier": parts_of(trained)["classifier"]})
 

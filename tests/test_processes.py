@@ -11,7 +11,11 @@ from experiments import workdir
 from rain_jax import data
 
 MAPPINGS = ("shard_map", "pmap")
-STREAM = "--config.training.feed=stream"
+# What is looked at in between and afterwards does not turn on the feed: less to compile, and only
+# the first of several processes keeps what it compiles for others.
+STREAM = (
+    "--config.training.feed=stream", "--config.validation=None", "--config.evaluation.checks=False"
+)  # fmt: skip
 
 
 def together(module, *given, folder):
@@ -35,14 +39,6 @@ def arguments(folder, config, *overrides):
         "--config.training.log_every=1", "--config.checkpoints.every_epochs=1",
         "--config.evaluation.batch_size=30", *overrides,
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_in_haste():
-    """Only the first of several processes may keep what it compiles: the others pay every time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "IN_HASTE", True)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +120,7 @@ def test_sigterm_for_one_stops_all_at_one_step_and_streams_go_on(run_of, tmp_pat
 
     They take three steps in a dispatch, and stop behind one.
     """
-    given = arguments(tmp_path, config, STREAM, "--config.training.steps_per_dispatch=3")
+    given = arguments(tmp_path, config, *STREAM, "--config.training.steps_per_dispatch=3")
     job = commands.start_together("train", *given, folder=tmp_path)
     second = job[1][0]
     commands.kill_when(second, lambda: len(commands.losses(tmp_path / "run")) > 3, signal.SIGTERM)
@@ -135,6 +131,6 @@ def test_sigterm_for_one_stops_all_at_one_step_and_streams_go_on(run_of, tmp_pat
     assert at % 10 in (0, 3, 6, 9)
     first, _ = together("train", *given, folder=tmp_path)
     assert f"goes on from step {at} of 20" in first
-    found, expected = commands.losses(tmp_path / "run"), commands.losses(run_of(8, STREAM))
+    found, expected = commands.losses(tmp_path / "run"), commands.losses(run_of(8, *STREAM))
     assert len(found) == 20
     np.testing.assert_allclose(found, expected, atol=1e-5)

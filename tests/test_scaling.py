@@ -21,6 +21,9 @@ from rain_jax.checks import UsageError
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import choose_devices, place
 
+# What is counted stands in the programs' texts: none of them is run.
+pytestmark = pytest.mark.structure
+
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "docs" / "jobs"
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import commands
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -219,9 +218,8 @@ def walked(course: train.Course, states: list[Any]) -> Any:
 
 
 def begun(experiments: list[build.Experiment], plan: Any, devices: Any) -> list[Any]:
-    images = jnp.zeros((1, 8, 8, 1))
-    variables = [e.network.init(steps.keys_of(e.seed).init, images) for e in experiments]
-    states = [e.method(plan).init(v) for e, v in zip(experiments, variables, strict=True)]
+    variables = [commands.drawn(e.network, (8, 8, 1), seed=e.seed) for e in experiments]
+    states = [jax.jit(e.method(plan).init)(v) for e, v in zip(experiments, variables, strict=True)]
     return [devices.replicate(state) for state in states]
 
 

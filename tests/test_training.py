@@ -1,8 +1,10 @@
 """From an objective to steps: devices, weights that average, schedules, optimisers, the loop."""
 
 import re
+from functools import cache, partial
 
 import chex
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,11 @@ ATTACK = attacks.pgd(Threat(linf, 0.1), steps=3, keep="last")
 
 def batches(count, size=16):
     for number in range(count):
-        key = jax.random.key(number)
-        label = jax.random.randint(key, (size,), 0, 4)
-        image = jax.random.uniform(key, (size, 8, 8, 1)) * 0.5
-        image = image + 0.1 * label[:, None, None, None].astype(jnp.float32)
-        index = number * size + np.arange(size)
-        yield jax.tree.map(np.asarray, Batch(image, label, index, np.ones(size, bool)))
+        draw = np.random.default_rng(number)
+        label = draw.integers(0, 4, size, np.int32)
+        image = 0.5 * draw.uniform(size=(size, 8, 8, 1)) + 0.1 * label[:, None, None, None]
+        index = number * size + np.arange(size, dtype=np.int32)
+        yield Batch(image.astype(np.float32), label, index, np.ones(size, bool))
 
 
 def method_of(average=None, sums="float32"):
@@ -35,17 +36,26 @@ def method_of(average=None, sums="float32"):
     return training.minimise(objective, optimiser, average=average, sums=sums)
 
 
+VARIABLES = cache(partial(commands.drawn, NETWORK, (8, 8, 1)))
+
+
 def fresh(method):
-    return method.init(NETWORK.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    return jax.jit(method.init)(VARIABLES())
 
 
-def losses_over(mapping, count, steps=20, sums="float32"):
+@cache  # one program serves all that is seen of so many devices
+def steps_over(mapping, count, sums):
     devices = place(mapping, choose_devices(count))
     method = method_of(training.Averaging(0.9), sums)
     program = devices.map(
         lambda state, batch, axis_name: method.step(jax.random.key(5), state, batch, axis_name),
         inputs=(False, True), outputs=(False, False), donate=(0,),
     )  # fmt: skip
+    return devices, method, program
+
+
+def losses_over(mapping, count, steps=20, sums="float32"):
+    devices, method, program = steps_over(mapping, count, sums)
     state = devices.replicate(fresh(method))
     losses = []
     for batch in batches(steps):
@@ -92,38 +102,57 @@ def test_what_is_sent_in_bfloat16_are_the_gradients_alone():
     assert len(metrics) >= 3  # loss, images, correct
 
 
+SHARED, KEY = 4, jax.random.key(5)  # devices, and what they draw by
+
+
+@cache  # no mapping of devices is in it
+def without_devices(mode):
+    """What each share of a batch tells by statistics of its own, and the step by everybody's."""
+    objective = methods.adversarial(NETWORK, ATTACK, batch_norm=mode)
+    together = training.minimise(objective, optimisers.sgd(0.05))
+    (batch,), state = batches(1), fresh(together)
+
+    @jax.jit
+    def apart(share):
+        told = jax.value_and_grad(objective, has_aux=True)
+        key_of_step = jax.random.fold_in(KEY, state.step)
+        return told(state.params, state.model_state, key_of_step, share, None, state.step)
+
+    shares = [jax.tree.map(lambda x, d=d: np.split(x, SHARED)[d], batch) for d in range(SHARED)]
+    told = [jax.device_get(apart(share)) for share in shares]
+    return told, jax.device_get(jax.jit(together.step)(KEY, state, batch)[0].params)
+
+
 @pytest.mark.parametrize("mode", ["eval", "batch", "train"])
 @pytest.mark.parametrize("mapping", ["shard_map", "pmap"])
 def test_a_step_by_statistics_of_each_device_is_the_mean_of_steps_apart(mapping, mode):
-    optimiser, count, key = optimisers.sgd(0.05), 4, jax.random.key(5)
-    objective = methods.adversarial(NETWORK, ATTACK, batch_norm=mode)
+    optimiser, count = optimisers.sgd(0.05), SHARED
     own = methods.adversarial(with_statistics("device", NETWORK), ATTACK, batch_norm=mode)
     method = training.minimise(own, optimiser)
     devices = place(mapping, choose_devices(count))
     program = devices.map(
-        lambda state, batch, axis_name: method.step(key, state, batch, axis_name),
+        lambda state, batch, axis_name: method.step(KEY, state, batch, axis_name),
         inputs=(False, True), outputs=(False, False),
     )  # fmt: skip
     (batch,), state = batches(1), fresh(method)
     after, metrics = program(devices.replicate(state), devices.split(batch))
 
-    @jax.jit
-    def apart(share):
-        told = jax.value_and_grad(objective, has_aux=True)
-        key_of_step = jax.random.fold_in(key, state.step)
-        return told(state.params, state.model_state, key_of_step, share, None, state.step)
-
-    shares = [jax.tree.map(lambda x, d=d: np.split(x, count)[d], batch) for d in range(count)]
-    told = [apart(share) for share in shares]
+    told, together = without_devices(mode)
     gradient = jax.tree.map(lambda *each: sum(each) / 16, *(g for _, g in told))
-    change, _ = optimiser.update(gradient, state.optimiser, state.params)
-    chex.assert_trees_all_close(after.params, optax.apply_updates(state.params, change), atol=1e-6)
+
+    @jax.jit
+    def updated(gradient):
+        change, _ = optimiser.update(gradient, state.optimiser, state.params)
+        return optax.apply_updates(state.params, change)
+
+    chex.assert_trees_all_close(after.params, updated(gradient), atol=1e-6)
     averages = jax.tree.map(lambda *each: sum(each) / count, *(s for (_, (s, _)), _ in told))
     chex.assert_trees_all_close(after.model_state, averages, atol=1e-6)
     assert float(metrics["loss"]) == pytest.approx(sum(float(loss) for (loss, _), _ in told))
     # And it is another step than that by everybody's statistics.
-    together = jax.jit(training.minimise(objective, optimiser).step)(key, state, batch)[0]
-    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), together.params, after.params)
+    moved = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(a - np.asarray(b)))), together, after.params
+    )
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
@@ -141,17 +170,15 @@ def test_pmap_on_one_device_gives_the_same_curve(one_device):
 
 
 def test_padding_does_not_change_a_step():
-    method = method_of()
-    state = fresh(method)
-    batch = jax.tree.map(jnp.asarray, next(batches(1)))
-    objective = methods.natural(models.cnn(4, widths=(4, 8), hidden=16))
+    batch = next(batches(1))
     network = models.cnn(4, widths=(4, 8), hidden=16)
-    method = training.minimise(objective, optimisers.sgd(0.05))
-    state = method.init(network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
-    padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:8]]), batch)
-    padded = padded._replace(valid=jnp.arange(24) < 16)
-    a, metrics_a = method.step(jax.random.key(1), state, batch)
-    b, metrics_b = method.step(jax.random.key(1), state, padded)
+    method = training.minimise(methods.natural(network), optimisers.sgd(0.05))
+    state = jax.jit(method.init)(commands.drawn(network, (8, 8, 1)))
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:8]]), batch)
+    padded = padded._replace(valid=np.arange(24) < 16)
+    step = jax.jit(method.step)
+    a, metrics_a = step(jax.random.key(1), state, batch)
+    b, metrics_b = step(jax.random.key(1), state, padded)
     assert metrics_b["images"] == 16
     np.testing.assert_allclose(metrics_a["loss"], metrics_b["loss"], rtol=1e-5)
     chex.assert_trees_all_close(a.params, b.params, atol=1e-6)
@@ -169,9 +196,7 @@ def test_averaged_weights_by_hand():
 
 
 def test_evaluation_takes_the_average_and_the_trained_statistics():
-    method = method_of(training.Averaging(0.9))
-    state = fresh(method)
-    state, _ = method.step(jax.random.key(1), state, jax.tree.map(jnp.asarray, next(batches(1))))
+    _, state = losses_over("shard_map", 1, steps=1)
     variables = training.variables_of(training.model_of(state))
     assert variables["params"] is state.average
     assert variables["batch_stats"] is state.model_state["batch_stats"]

@@ -1,12 +1,13 @@
 """Auto-PGD against answers that can be derived, and against the paper's loop written out."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pgd import BALLS, BOUNDED, UNEVEN, WEIGHT, climbed, optimum
+from test_pgd import BALLS, BOUNDED, UNEVEN, WEIGHT, answer, climbed, optimum, share_at_the_kink
 
 from rain_jax.attacks import apgd, apgd_t, pgd
 from rain_jax.checks import UsageError
@@ -15,8 +16,10 @@ from rain_jax.losses import cross_entropy, dlr, dlr_targeted, kl, margin
 from rain_jax.norms import allowed, l1, l2, linf
 from rain_jax.types import Threat
 
-IMAGE = jnp.full((6, 6, 2), 0.5)
-WEIGHTS = jax.random.normal(jax.random.key(2), (72, 5))
+DRAW = np.random.default_rng(2)
+SHAPE = (6, 6, 2)
+IMAGE = np.full(SHAPE, 0.5, np.float32)
+WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
 
 
 def curved(key, image):
@@ -25,37 +28,52 @@ def curved(key, image):
     return jnp.sin(4 * flat @ WEIGHTS) * 3 + jnp.cos(9 * flat) @ WEIGHTS
 
 
+@functools.cache
+def entropy():
+    """The cross-entropy of `curved` for label 2, and its gradient, on images of any precision."""
+    program = jax.jit(jax.value_and_grad(lambda x: cross_entropy(curved(None, x), 2)))
+    both = lambda x: program(np.asarray(x, np.float32))
+    return lambda x: float(both(x)[0]), lambda x: np.array(both(x)[1], np.float64)
+
+
+def driven(attack, model, key, image=IMAGE, label=2):
+    """The first state, and those after each step with the answer and its score there."""
+
+    @jax.jit
+    def run(key, image):
+        def step(state, _):
+            state = attack.step(model, state)
+            return state, (state, attack.best(model, state))
+
+        begin = attack.init(key, model, image, label)
+        first = attack.best(model, begin)
+        return (begin, first), jax.lax.scan(step, begin, length=attack.steps)[1]
+
+    return run(key, image)
+
+
+def fifty(threat):
+    return apgd(threat, steps=50)
+
+
 @BALLS
 def test_reaches_the_optimum_on_a_plane(norm, radius, key):
-    attack = apgd(Threat(norm, radius), steps=50)
-    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(norm, radius, WEIGHT, UNEVEN)
+    reached = climbed(fifty, norm, radius, key) / optimum(norm, radius, WEIGHT, UNEVEN)
     assert 0.99 <= reached <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("loss", [margin, dlr], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("norm", "radius"), [(linf, 0.1), (l1, 4.0)], ids=["linf", "l1"])
 def test_whatever_the_loss(norm, radius, loss, key):
-    attack = apgd(Threat(norm, radius), steps=50, loss=loss)
-    reached = climbed(attack, key, WEIGHT, UNEVEN) / optimum(norm, radius, WEIGHT, UNEVEN)
+    maker = lambda threat: apgd(threat, steps=50, loss=loss)
+    reached = climbed(maker, norm, radius, key) / optimum(norm, radius, WEIGHT, UNEVEN)
     assert 0.99 <= reached <= 1 + 1e-4
 
 
 @BOUNDED
 def test_turns_at_the_kink_of_two_planes(norm, radius, key):
     """The larger of two planes: the way up the first leads onto the second, which is steeper."""
-    second = WEIGHT * jax.random.uniform(jax.random.key(8), WEIGHT.shape, minval=2.0, maxval=3.0)
-    # The first is above at the start, the second wherever the first is highest.
-    level = 0.7 * optimum(norm, radius, WEIGHT, UNEVEN)
-    best = optimum(norm, radius, second, UNEVEN) - level
-
-    def two_planes(key, x):
-        change = x - UNEVEN
-        above = jnp.maximum(jnp.sum(WEIGHT * change), jnp.sum(second * change) - level)
-        return jnp.stack([9.0, above])
-
-    attack = apgd(Threat(norm, radius), steps=50)
-    found = jax.jit(lambda key: attack(key, two_planes, UNEVEN, 0))(key)
-    assert 0.99 <= two_planes(key, found)[1] / best <= 1 + 1e-4
+    assert 0.99 <= share_at_the_kink(fifty, norm, radius, key) <= 1 + 1e-4
 
 
 def published(norm, radius, steps, start, value, gradient):
@@ -103,22 +121,14 @@ def test_follows_the_published_loop(norm, radius, key):
     """Point by point while rounding allows it, and to the same loss in the end."""
     steps = 40
     attack = apgd(Threat(norm, radius), steps=steps)
-    state = attack.init(key, curved, IMAGE, 2)
-    value = jax.jit(lambda x: cross_entropy(curved(key, x), 2))
-    gradient = jax.jit(jax.grad(lambda x: cross_entropy(curved(key, x), 2)))
+    (begin, _), (states, _) = driven(attack, curved, key)
     trail, best_value = published(
-        "linf" if norm is linf else "l2", radius, steps, np.asarray(state.image, np.float64),
-        lambda x: float(value(jnp.asarray(x, jnp.float32))),
-        lambda x: np.asarray(gradient(jnp.asarray(x, jnp.float32)), np.float64),
+        "linf" if norm is linf else "l2", radius, steps, np.asarray(begin.image, np.float64),
+        *entropy(),
     )  # fmt: skip
-    step = jax.jit(lambda state: attack.step(curved, state))
-    for number in range(8):
-        state = step(state)
-        np.testing.assert_allclose(state.image, trail[number], atol=1e-4)
-    for _ in range(8, steps):
-        state = step(state)
-    np.testing.assert_allclose(state.top.loss, best_value, rtol=0.05)
-    assert float(state.pace.size) < 2 * radius / 2
+    np.testing.assert_allclose(states.image[:8], trail[:8], atol=1e-4)
+    np.testing.assert_allclose(states.top.loss[-1], best_value, rtol=0.05)
+    assert float(states.pace.size[-1]) < 2 * radius / 2
 
 
 def published_l1(radius, steps, start, value, gradient):
@@ -170,28 +180,21 @@ def published_l1(radius, steps, start, value, gradient):
 
 
 # A third of its pixels are black: they can only be brightened.
-DARK = jax.random.uniform(jax.random.key(6), (6, 6, 2)).at[:2].set(0.0)
+DARK = DRAW.random(SHAPE, np.float32)
+DARK[:2] = 0.0
 
 
 @pytest.mark.parametrize("steps", [20, 200])
 def test_follows_the_published_loop_in_l1(steps, key):
     """Point by point while rounding allows it, and to the same loss in the end."""
     attack = apgd(Threat(l1, 1.5), steps=steps)
-    state = attack.init(key, curved, DARK, 2)
-    value = jax.jit(lambda x: cross_entropy(curved(key, x), 2))
-    gradient = jax.jit(jax.grad(lambda x: cross_entropy(curved(key, x), 2)))
+    (begin, _), (states, _) = driven(attack, curved, key, DARK)
     trail, best_value = published_l1(
-        1.5, steps, np.asarray(state.image, np.float64),
-        lambda x: float(value(jnp.asarray(x, jnp.float32))),
-        lambda x: np.array(gradient(jnp.asarray(x, jnp.float32)), np.float64),
+        1.5, steps, np.asarray(begin.image, np.float64), *entropy()
     )  # fmt: skip
     assert len(trail) == attack.steps + 1
-    step = jax.jit(lambda state: attack.step(curved, state))
-    for number in range(1, attack.steps + 1):
-        state = step(state)
-        if number <= 25:
-            np.testing.assert_allclose(state.image, trail[number], atol=1e-4)
-    np.testing.assert_allclose(state.top.loss, best_value, rtol=0.05)
+    np.testing.assert_allclose(states.image[:25], trail[1:26], atol=1e-4)
+    np.testing.assert_allclose(states.top.loss[-1], best_value, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +203,14 @@ def test_follows_the_published_loop_in_l1(steps, key):
 def test_climbs_higher_than_fixed_steps(norm, radius, key):
     """With the same number of gradients, on average over images."""
     threat = Threat(norm, radius)
-    images = jax.random.uniform(key, (24, 6, 6, 2))
-    labels = jax.vmap(lambda x: jnp.argmax(curved(key, x)))(images)
-    keys = jax.random.split(key, 24)
+    images = np.random.default_rng(0).random((24, *SHAPE), np.float32)
 
     def reached(attack):
-        run = jax.jit(jax.vmap(lambda k, x, y: attack(k, curved, x, y)))
-        found = run(keys, images, labels)
-        return float(jnp.mean(jax.vmap(lambda x, y: margin(curved(key, x), y))(found, labels)))
+        def one(key, image):
+            label = jnp.argmax(curved(key, image))
+            return margin(curved(key, attack(key, curved, image, label)), label)
+
+        return np.mean(jax.jit(jax.vmap(one))(jax.random.split(key, 24), images))
 
     attack = apgd(threat, steps=40, loss=margin)
     fixed = pgd(threat, steps=attack.steps, loss=margin)
@@ -216,10 +219,14 @@ def test_climbs_higher_than_fixed_steps(norm, radius, key):
 
 def test_targets_are_the_likeliest_wrong_classes_and_each_is_tried(key):
     attack = apgd_t(Threat(linf, 0.3), steps=10, targets=3)
-    state = attack.init(key, curved, IMAGE, 2)
-    logits = np.array(curved(key, IMAGE))
+
+    @jax.jit
+    def aims(key):
+        return attack.init(key, curved, IMAGE, 2).against[1], curved(key, IMAGE)
+
+    found, logits = map(np.array, aims(key))
     logits[2] = -np.inf
-    np.testing.assert_array_equal(state.against[1], np.argsort(-logits)[:3])
+    np.testing.assert_array_equal(found, np.argsort(-logits)[:3])
 
 
 @pytest.mark.filterwarnings("ignore:dlr")  # with two classes it says what it becomes
@@ -229,11 +236,11 @@ def test_fewer_classes_than_targets(classes, tried, key):
         return image.ravel() @ WEIGHTS[:, :classes]
 
     attack = apgd_t(Threat(linf, 0.3), steps=5)
-    state = attack.init(key, logits_fn, IMAGE, 0)
-    assert state.against[1].shape == (tried,)
-    assert 0 not in np.asarray(state.against[1])
-    found = attack(key, logits_fn, IMAGE, 0)
-    assert margin(logits_fn(key, found), 0) > 0
+    (begin, _), (_, (found, _)) = driven(attack, logits_fn, key, label=0)
+    assert begin.against[1].shape == (tried,)
+    assert 0 not in np.asarray(begin.against[1])
+    right, *wrong = np.asarray(found[-1]).ravel() @ WEIGHTS[:, :classes]
+    assert max(wrong) > right
 
 
 def test_the_targeted_loss_overtakes_the_label(key):
@@ -243,51 +250,61 @@ def test_the_targeted_loss_overtakes_the_label(key):
         return (image - 0.5).ravel() @ WEIGHTS
 
     attack = apgd_t(Threat(linf, 0.05), steps=50, targets=1)
-    state = attack.init(key, logits_fn, IMAGE, 0)
-    aim = int(state.against[1][0])
-    corner = 0.5 + 0.05 * jnp.sign(WEIGHTS[:, aim] - WEIGHTS[:, 0]).reshape(IMAGE.shape)
-    for _ in range(50):
-        state = attack.step(logits_fn, state)
+    (begin, _), (states, (found, score)) = driven(attack, logits_fn, key, label=0)
+    aim = int(begin.against[1][0])
+    corner = 0.5 + 0.05 * np.sign(WEIGHTS[:, aim] - WEIGHTS[:, 0]).reshape(IMAGE.shape)
     # The loss is the lead over a spread, so its best point is near that corner or better.
-    assert state.top.loss[0] >= dlr_targeted(logits_fn(key, corner), 0, aim) - 1e-3
-    found, score = attack.best(logits_fn, state)
+    loss = jax.jit(lambda x: dlr_targeted(logits_fn(key, x), 0, aim))
+    assert states.top.loss[-1, 0] >= loss(corner) - 1e-3
+    found, score = np.asarray(found)[-1], np.asarray(score)[-1]
     assert score > 0
-    assert margin(logits_fn(key, found), 0) == score
+    np.testing.assert_allclose(
+        jax.jit(lambda x: margin(logits_fn(key, x), 0))(found), score, rtol=1e-6
+    )
 
 
 def test_in_l1_only_images_in_the_threat_count(key):
     """While the ball is larger there is no answer yet, though the model is broken there."""
     threat = Threat(l1, 2.0)
     attack = apgd(threat, steps=10)
-    state = attack.init(key, curved, IMAGE, 2)
-    step = jax.jit(lambda state: attack.step(curved, state))
-    inside = []
-    for _ in range(attack.steps):
-        inside.append(bool(allowed(threat, IMAGE, state.image)))
-        found, score = attack.best(curved, state)
-        assert allowed(threat, IMAGE, found)
-        expected = margin(curved(key, found), 2) if inside[-1] else -jnp.inf
-        np.testing.assert_allclose(score, expected, rtol=1e-6)
-        state = step(state)
+
+    @jax.jit
+    def told(key):
+        def tell(state):
+            found, score = attack.best(curved, state)
+            kept = allowed(threat, IMAGE, found)
+            inside = allowed(threat, IMAGE, state.image)
+            return inside, kept, score, margin(curved(key, found), 2)
+
+        def step(state, _):
+            return attack.step(curved, state), tell(state)
+
+        return jax.lax.scan(step, attack.init(key, curved, IMAGE, 2), length=attack.steps)[1]
+
+    inside, kept, score, margins = map(np.asarray, told(key))
+    assert kept.all()
+    np.testing.assert_allclose(score, np.where(inside, margins, -np.inf), rtol=1e-6)
     # Three steps in each of the larger balls, and the points that they start at.
-    assert inside == [False] * 8 + [True] * 4
+    assert inside.tolist() == [False] * 8 + [True] * 4
 
 
 @pytest.mark.parametrize(("steps", "norm", "whole"), [(7, l2, 7), (7, l1, 9), (1, l1, 3)])
 def test_length(steps, norm, whole, key):
     attack = apgd(Threat(norm, 0.5), steps=steps)
     assert attack.steps == whole
-    assert allowed(Threat(norm, 0.5), IMAGE, attack(key, curved, IMAGE, 2))
+    found, _ = answer(attack, curved, key, IMAGE, 2)
+    assert jax.jit(lambda x: allowed(Threat(norm, 0.5), IMAGE, x))(found)
 
 
 def test_kl_compares_with_the_clean_prediction(key):
     attack = apgd(Threat(linf, 0.1), steps=20, loss=kl)
-    state = attack.init(key, curved, IMAGE, 2)
-    np.testing.assert_array_equal(state.against, curved(key, IMAGE))
-    for _ in range(20):
-        state = attack.step(curved, state)
-    assert state.top.loss == kl(curved(key, state.top.image), curved(key, IMAGE))
-    assert state.top.loss > 10
+    (begin, _), (states, _) = driven(attack, curved, key)
+    logits = jax.jit(lambda x: curved(key, x))
+    clean = logits(IMAGE)
+    np.testing.assert_array_equal(begin.against, clean)
+    image, loss = np.asarray(states.top.image)[-1], np.asarray(states.top.loss)[-1]
+    np.testing.assert_allclose(loss, jax.jit(kl)(logits(image), clean), rtol=1e-6)
+    assert loss > 10
 
 
 def test_random_models_are_climbed_by_their_mean(key):
@@ -300,8 +317,8 @@ def test_random_models_are_climbed_by_their_mean(key):
     reached = {}
     for draws in (1, 64):
         attack = apgd(Threat(linf, 0.1), steps=20, estimator=eot(draws), loss=margin)
-        found = jax.jit(lambda k, attack=attack: attack(k, noisy, IMAGE, 0))(key)
-        reached[draws] = float(jnp.sum(slope * (found - 0.5)))
+        found, _ = answer(attack, noisy, key, IMAGE)
+        reached[draws] = np.sum(slope * (found - 0.5))
     assert reached[64] > reached[1]
 
 

@@ -1,11 +1,13 @@
 """DeepFool against distances that can be derived, and against the authors' loop written out."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_keys
 
 from rain_jax.attacks import deepfool
 from rain_jax.attacks.deepfool import nearest_boundary
@@ -17,19 +19,17 @@ from rain_jax.types import Threat
 
 NORMS = pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
 SHAPE = (6, 6, 2)
-WEIGHT = jax.random.normal(jax.random.key(1), SHAPE)
-WEIGHTS = jax.random.normal(jax.random.key(2), (72, 5))
-MIDDLE = jnp.full(SHAPE, 0.5)
+DRAW = np.random.default_rng(1)
+WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
+WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
+MIDDLE = np.full(SHAPE, 0.5, np.float32)
+KEY = quick_keys.key(0)
+NEVER = -1e6  # the level of a class that no change of the image brings up
 
 
 def plane(key, image):
     """Class 0 is right at MIDDLE, on a plane's other side from class 1."""
     return jnp.stack([1.0, jnp.sum(WEIGHT * (image - 0.5))])
-
-
-def planes(key, image):
-    flat = image.reshape(-1, 1) - 0.5
-    return jnp.sum(flat * WEIGHTS, axis=0) + jnp.array([2.0, 0.0, 1.5, -1.0, 0.5])
 
 
 def bending(key, image):
@@ -38,84 +38,114 @@ def bending(key, image):
     return jnp.concatenate([jnp.array([0.9]), rising])
 
 
-def run(attack, logits_fn, image, label=0):
-    """The answer, in one compiled program."""
-    return jax.jit(lambda k, x: attack(k, logits_fn, x, label))(jax.random.key(0), image)
+@functools.cache
+def program(norm, candidates):
+    """The answer, its score and its margin on a model of five classes, each the larger of two
+    planes. Compiled once for all such models, images, labels and radii.
+    """
+
+    @jax.jit
+    def whole(radius, image, label, slopes, levels):
+        def model(key, image):
+            flat = image.reshape(1, -1, 1) - 0.5
+            return jnp.max(jnp.sum(flat * slopes, axis=1) + levels, axis=0)
+
+        attack = deepfool(Threat(norm, radius), steps=20, candidates=candidates)
+        state = attack.init(KEY, model, image, label)
+        state, _ = jax.lax.scan(
+            lambda state, _: (attack.step(model, state), None), state, length=attack.steps
+        )
+        found, score = attack.best(model, state)
+        return found, score, margin(model(KEY, found), label)
+
+    return whole
+
+
+def run(norm, *planes, image=MIDDLE, label=0, radius=np.inf, candidates=10):
+    """For planes as (class, slope, level), at most two of a class."""
+    slopes = np.zeros((2, 72, 5), np.float32)
+    levels = np.full((2, 5), NEVER, np.float32)
+    for number, slope, level in planes:
+        row = int(levels[0, number] != NEVER)
+        slopes[row, :, number], levels[row, number] = np.ravel(slope), level
+    answers = program(norm, candidates)(float(radius), image, label, slopes, levels)
+    return [np.asarray(one) for one in answers]
+
+
+RIGHT, BEYOND = (0, 0.0, 1.0), (1, WEIGHT, 0.0)  # `plane`
+
+
+def size(norm, change):
+    change = np.abs(np.float64(change))
+    return {linf: np.max, l2: np.linalg.norm, l1: np.sum}[norm](change.ravel())
 
 
 def dual(norm, slope):
-    return float(jnp.sum(slope * norm.steepest(slope)))
+    return size({linf: l1, l2: l2, l1: linf}[norm], slope)
 
 
 @NORMS
-def test_finds_the_nearest_image_on_a_plane(norm, key):
+def test_finds_the_nearest_image_on_a_plane(norm):
     """In the middle of the cube, and near its corners, where the pixel bounds bind."""
-    aside = jax.random.uniform(key, SHAPE) < 0.3
-    corner = jnp.where(aside, 0.5 + 0.48 * jnp.sign(WEIGHT), 0.5 - 0.48 * jnp.sign(WEIGHT))
-    level = 1.0 - float(jnp.sum(WEIGHT * (corner - 0.5)))
-    bound = norm.measure(norm.cross(WEIGHT, level, -corner, 1 - corner))
+    aside = np.where(np.random.default_rng(0).random(SHAPE) < 0.3, 0.48, -0.48)
+    corner = np.float32(0.5 + aside * np.sign(WEIGHT))
+    level = 1.0 - np.sum(WEIGHT * (corner - 0.5))
+    bound = size(norm, jax.jit(norm.cross)(WEIGHT, level, -corner, 1 - corner))
     assert bound > 1.02 * level / dual(norm, WEIGHT), "no bound binds"
 
-    attack = deepfool(Threat(norm, jnp.inf), steps=20)
     for image, expected in ((MIDDLE, 1.0 / dual(norm, WEIGHT)), (corner, bound)):
-        found = run(attack, plane, image)
-        assert margin(plane(key, found), 0) > 0
-        assert bool(jnp.all((found >= 0) & (found <= 1)))
-        assert 0.999 <= norm.measure(found - image) / expected <= 1.03
+        found, _, lead = run(norm, RIGHT, BEYOND, image=image)
+        assert lead > 0
+        assert np.all((found >= 0) & (found <= 1))
+        assert 0.999 <= size(norm, found - image) / expected <= 1.03
 
 
 @NORMS
-def test_goes_to_the_nearest_of_several_classes(norm, key):
-    leads = planes(key, MIDDLE) - planes(key, MIDDLE)[0]
+def test_goes_to_the_nearest_of_several_classes(norm):
+    levels = [2.0, 0.0, 1.5, -1.0, 0.5]
     distances = [
-        -float(leads[k]) / dual(norm, (WEIGHTS[:, k] - WEIGHTS[:, 0]).reshape(SHAPE))
-        for k in range(1, 5)
+        (levels[0] - levels[k]) / dual(norm, WEIGHTS[:, k] - WEIGHTS[:, 0]) for k in range(1, 5)
     ]
-    found = run(deepfool(Threat(norm, jnp.inf), steps=5), planes, MIDDLE)
-    assert margin(planes(key, found), 0) > 0
-    assert 0.999 <= norm.measure(found - MIDDLE) / min(distances) <= 1.021
+    found, _, lead = run(norm, *((k, WEIGHTS[:, k], levels[k]) for k in range(5)))
+    assert lead > 0
+    assert 0.999 <= size(norm, found - MIDDLE) / min(distances) <= 1.021
 
 
-def test_only_the_likeliest_classes_are_looked_at(key):
+def test_only_the_likeliest_classes_are_looked_at():
     """The third class is nearer than the second, but with two candidates it is never tried."""
-
-    def logits_fn(key, image):
-        left, right = jnp.sum(image[:3] - 0.5), jnp.sum(image[3:] - 0.5)
-        return jnp.stack([0.0, left - 1.0, 10 * right - 2.0])
-
-    found = {
-        k: run(deepfool(Threat(l2, jnp.inf), steps=3, candidates=k), logits_fn, MIDDLE)
-        for k in (2, 3)
-    }
+    left = np.float32(np.arange(72) < 36)
+    planes = (0, 0.0, 0.0), (1, left, -1.0), (2, 10 * (1 - left), -2.0)
+    found = {k: run(l2, *planes, candidates=k)[0] for k in (2, 3)}
     # 36 pixels of one slope each: the distance is the level over the slope and six.
-    np.testing.assert_allclose(l2.measure(found[2] - MIDDLE), 1.02 * 1.0 / 6, rtol=1e-3)
-    np.testing.assert_allclose(l2.measure(found[3] - MIDDLE), 1.02 * 0.2 / 6, rtol=1e-3)
+    np.testing.assert_allclose(size(l2, found[2] - MIDDLE), 1.02 * 1.0 / 6, rtol=1e-3)
+    np.testing.assert_allclose(size(l2, found[3] - MIDDLE), 1.02 * 0.2 / 6, rtol=1e-3)
 
 
 @NORMS
-def test_nearest_plane_of_a_convex_region(norm, key):
+def test_nearest_plane_of_a_convex_region(norm):
     """Two classes and a kink: the wrong one is the larger of two planes, nearer by the second."""
-    other = jax.random.normal(jax.random.key(4), SHAPE)
-
-    def logits_fn(key, image):
-        shift = image - 0.5
-        first, second = jnp.sum(WEIGHT * shift) - 6.0, jnp.sum(other * shift) - 1.0
-        return jnp.stack([0.0, jnp.maximum(first, second)])
-
+    other = np.random.default_rng(4).normal(size=SHAPE).astype(np.float32)
     expected = min(6.0 / dual(norm, WEIGHT), 1.0 / dual(norm, other))
-    found = run(deepfool(Threat(norm, jnp.inf), steps=5), logits_fn, MIDDLE)
-    assert margin(logits_fn(key, found), 0) > 0
-    assert 0.999 <= norm.measure(found - MIDDLE) / expected <= 1.021
+    found, _, lead = run(norm, (0, 0.0, 0.0), (1, WEIGHT, -6.0), (1, other, -1.0))
+    assert lead > 0
+    assert 0.999 <= size(norm, found - MIDDLE) / expected <= 1.021
 
 
-def test_follows_the_authors_loop(key):
+def test_follows_the_authors_loop():
     """On a curved model in L2, while no pixel bound is met."""
-    logits = jax.jit(lambda x: bending(key, jnp.float32(x)))
-    gradients = jax.jit(jax.jacrev(lambda x: bending(key, x)))
-    start = x = 0.5 + 0.05 * np.asarray(jax.random.normal(key, SHAPE), np.float64)
+
+    @jax.jit
+    def both(x):
+        return bending(KEY, x), jax.jacrev(lambda x: bending(KEY, x))(x)
+
+    def told(x):
+        logits, slopes = both(np.asarray(x, np.float32))
+        return np.asarray(logits), np.asarray(slopes, np.float64)
+
+    start = x = 0.5 + 0.05 * np.random.default_rng(0).normal(size=SHAPE)
     trail, total = [], np.zeros(SHAPE)
-    while int(jnp.argmax(logits(x))) == 0:
-        z, g = np.asarray(logits(x)), np.asarray(gradients(jnp.float32(x)), np.float64)
+    while int(np.argmax(told(x)[0])) == 0:
+        z, g = told(x)
         sizes = [abs(z[k] - z[0]) / np.linalg.norm(g[k] - g[0]) for k in range(1, 6)]
         way = g[1 + int(np.argmin(sizes))] - g[0]
         total = total + min(sizes) * way / np.linalg.norm(way)
@@ -123,62 +153,56 @@ def test_follows_the_authors_loop(key):
         trail.append(x)
     assert len(trail) >= 3, "one step is no loop"
 
-    attack = deepfool(Threat(l2, jnp.inf), steps=50)
-    state = attack.init(key, bending, jnp.float32(start), 0)
-    step = jax.jit(lambda state: attack.step(bending, state))
-    for expected in trail:
-        state = step(state)
-        np.testing.assert_allclose(state.image, expected, atol=1e-4)
-    # The first misclassified image is the answer: further steps leave it as it is.
-    for _ in range(3):
-        state = step(state)
-    found, score = attack.best(bending, state)
-    np.testing.assert_array_equal(found, state.image)
+    @jax.jit
+    def whole(image):
+        attack = deepfool(Threat(l2, jnp.inf), steps=50)
+
+        def step(state, _):
+            state = attack.step(bending, state)
+            return state, state.image
+
+        begin = attack.init(KEY, bending, image, 0)
+        # The first misclassified image is the answer: further steps leave it as it is.
+        state, images = jax.lax.scan(step, begin, length=len(trail) + 3)
+        return images, *attack.best(bending, state)
+
+    images, found, score = map(np.asarray, whole(np.float32(start)))
+    np.testing.assert_allclose(images[:-3], trail, atol=1e-4)
+    np.testing.assert_array_equal(found, images[-1])
     np.testing.assert_allclose(found, trail[-1], atol=1e-4)
     np.testing.assert_allclose(score, 1 / np.linalg.norm(trail[-1] - start), rtol=1e-3)
 
 
-def test_keeps_to_a_finite_radius(key):
+def test_keeps_to_a_finite_radius():
     distance = 1.0 / dual(l2, WEIGHT)
-
-    @jax.jit
-    def score_and_answer(radius):
-        attack = deepfool(Threat(l2, radius), steps=3)
-        state = attack.init(key, plane, MIDDLE, 0)
-        for _ in range(3):
-            state = attack.step(plane, state)
-        return attack.best(plane, state)
-
     for radius, broken in ((2 * distance, True), (0.5 * distance, False)):
-        found, score = score_and_answer(radius)
-        assert l2.measure(found - MIDDLE) <= radius * (1 + 1e-5)
-        assert bool(score > 0) == broken
-        assert bool(margin(plane(key, found), 0) > 0) == broken
+        found, score, lead = run(l2, RIGHT, BEYOND, radius=radius)
+        assert size(l2, found - MIDDLE) <= radius * (1 + 1e-5)
+        assert (score > 0) == broken
+        assert (lead > 0) == broken
 
 
-def test_a_misclassified_image_is_its_own_answer(key):
-    found = run(deepfool(Threat(linf, jnp.inf), steps=3), plane, MIDDLE, 1)
+def test_a_misclassified_image_is_its_own_answer():
+    found, *_ = run(linf, RIGHT, BEYOND, label=1)
     np.testing.assert_array_equal(found, MIDDLE)
 
 
 @NORMS
-def test_an_image_on_the_boundary_leaves_it(norm, key):
-    def logits_fn(key, image):
-        return jnp.stack([0.0, jnp.sum(WEIGHT * (image - 0.5))])
-
-    found = run(deepfool(Threat(norm, jnp.inf), steps=3), logits_fn, MIDDLE)
-    assert margin(logits_fn(key, found), 0) > 0
-    assert jnp.max(jnp.abs(found - MIDDLE)) < 1e-5
+def test_an_image_on_the_boundary_leaves_it(norm):
+    found, _, lead = run(norm, (0, 0.0, 0.0), BEYOND)
+    assert lead > 0
+    assert np.max(np.abs(found - MIDDLE)) < 1e-5
 
 
-def test_random_models_are_judged_by_their_mean(key):
+def test_random_models_are_judged_by_their_mean():
     """A coin in the logits: single draws are often misclassified at once, the mean is not."""
 
     def noisy(key, image):
         return plane(key, image) + jnp.stack([0.0, 3.0 * jax.random.rademacher(key, ())])
 
-    found = run(deepfool(Threat(l2, jnp.inf), steps=5, estimator=eot(400)), noisy, MIDDLE)
-    np.testing.assert_allclose(l2.measure(found - MIDDLE), 1.0 / dual(l2, WEIGHT), rtol=0.5)
+    attack = deepfool(Threat(l2, jnp.inf), steps=5, estimator=eot(400))
+    found = np.asarray(jax.jit(lambda x: attack(KEY, noisy, x, 0))(MIDDLE))
+    np.testing.assert_allclose(size(l2, found - MIDDLE), 1.0 / dual(l2, WEIGHT), rtol=0.5)
 
 
 @pytest.mark.parametrize("estimator", [exact(), eot(3)], ids=["exact", "eot"])

@@ -1,9 +1,12 @@
 """FMN and DDN against distances that can be derived, and against the papers' loops written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick_keys
 
 from rain_jax.attacks import ddn, fmn
 from rain_jax.checks import UsageError
@@ -13,10 +16,12 @@ from rain_jax.norms import l1, l2, linf
 from rain_jax.types import Threat
 
 SHAPE = (6, 6, 2)
-WEIGHT = jax.random.normal(jax.random.key(1), SHAPE)
-WEIGHTS = jax.random.normal(jax.random.key(2), (72, 5))
-MIDDLE = jnp.full(SHAPE, 0.5)
-HALF = (jnp.arange(72) < 36).reshape(SHAPE)
+DRAW = np.random.default_rng(1)
+WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
+WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
+MIDDLE = np.full(SHAPE, 0.5, np.float32)
+HALF = (np.arange(72) < 36).reshape(SHAPE)
+KEY = quick_keys.key(0)
 EACH = pytest.mark.parametrize(
     ("maker", "norm"),
     [(fmn, linf), (fmn, l2), (fmn, l1), (ddn, l2)],
@@ -42,37 +47,59 @@ def curved(key, image):
     return jnp.sum(jnp.sin(3 * flat * WEIGHTS) + 0.3 * jnp.cos(9 * flat) * WEIGHTS, axis=0)
 
 
-def run(attack, logits_fn, image, label=0, key=0):
-    """The answer and its score, in one compiled program."""
+@functools.cache
+def program(maker, norm, model, steps):
+    """The answer, its score, the model's logits there, and scores and states on the way.
 
-    def whole(key, image):
-        state = attack.init(key, logits_fn, image, label)
-        state, _ = jax.lax.scan(
-            lambda state, _: (attack.step(logits_fn, state), None), state, length=attack.steps
-        )
-        return attack.best(logits_fn, state)
+    Compiled once for all images, labels and threats.
+    """
 
-    return jax.jit(whole)(jax.random.key(key), image)
+    @jax.jit
+    def whole(radius, low, high, image, label):
+        attack = maker(Threat(norm, radius, low, high), steps=steps)
+
+        def step(state, _):
+            state = attack.step(model, state)
+            return state, (*attack.best(model, state), state._replace(key=()))
+
+        begin = attack.init(KEY, model, image, label)
+        found, scores, states = jax.lax.scan(step, begin, length=steps)[1]
+        return found[-1], scores[-1], model(KEY, found[-1]), scores, states
+
+    return whole
+
+
+def run(maker, norm, model, steps, *, radius=np.inf, low=0.0, high=1.0, image=MIDDLE, label=0):
+    answers = program(maker, norm, model, steps)(float(radius), low, high, image, label)
+    return jax.tree.map(np.asarray, answers)
+
+
+def size(norm, change):
+    change = np.abs(np.float64(change))
+    return {linf: np.max, l2: np.linalg.norm, l1: np.sum}[norm](change.ravel())
 
 
 def dual(norm, slope):
-    return float(jnp.sum(slope * norm.steepest(slope)))
+    return size({linf: l1, l2: l2, l1: linf}[norm], slope)
+
+
+def cross(norm, *arguments):
+    return size(norm, jax.jit(norm.cross)(*arguments))
 
 
 @EACH
-def test_finds_the_nearest_image_on_a_plane(maker, norm, key):
+def test_finds_the_nearest_image_on_a_plane(maker, norm):
     """In the middle of the cube, and near its corners, where the pixel bounds bind."""
-    aside = jax.random.uniform(key, SHAPE) < 0.3
-    corner = jnp.where(aside, 0.5 + 0.48 * jnp.sign(WEIGHT), 0.5 - 0.48 * jnp.sign(WEIGHT))
-    level = 1.0 - float(jnp.sum(WEIGHT * (corner - 0.5)))
-    bound = norm.measure(norm.cross(WEIGHT, level, -corner, 1 - corner))
+    aside = np.where(np.random.default_rng(0).random(SHAPE) < 0.3, 0.48, -0.48)
+    corner = np.float32(0.5 + aside * np.sign(WEIGHT))
+    level = 1.0 - np.sum(WEIGHT * (corner - 0.5))
+    bound = cross(norm, WEIGHT, level, -corner, 1 - corner)
     assert bound > 1.02 * level / dual(norm, WEIGHT), "no bound binds"
 
-    attack = maker(Threat(norm, jnp.inf), steps=100)
     for image, expected in ((MIDDLE, 1.0 / dual(norm, WEIGHT)), (corner, bound)):
-        found, score = run(attack, plane, image)
-        distance = norm.measure(found - image)
-        assert bool(jnp.all((found >= 0) & (found <= 1)))
+        found, score, *_ = run(maker, norm, plane, 100, image=image)
+        distance = size(norm, found - image)
+        assert np.all((found >= 0) & (found <= 1))
         assert 0.9999 <= distance / expected <= 1.02
         np.testing.assert_allclose(score, 1 / distance, rtol=1e-5)
 
@@ -81,13 +108,13 @@ def test_finds_the_nearest_image_on_a_plane(maker, norm, key):
 def test_finds_the_edge_between_two_planes(maker, norm):
     """The shares of the pixels are disjoint, so the two smallest changes make up the smallest."""
     parts = [
-        norm.measure(norm.cross(jnp.where(half, WEIGHT, 0.0), level, -MIDDLE, 1 - MIDDLE))
+        cross(norm, np.where(half, WEIGHT, np.float32(0.0)), level, -MIDDLE, 1 - MIDDLE)
         for level, half in ((6.0, HALF), (4.0, ~HALF))
     ]
     expected = np.linalg.norm(parts, ord=norm.order)
-    found, score = run(maker(Threat(norm, jnp.inf), steps=200), wedge, MIDDLE)
+    found, score, *_ = run(maker, norm, wedge, 200)
     assert score > 0
-    assert 0.9999 <= norm.measure(found - MIDDLE) / expected <= 1.05
+    assert 0.9999 <= size(norm, found - MIDDLE) / expected <= 1.05
 
 
 def published_ball(change, norm, radius):
@@ -134,59 +161,65 @@ def published(maker, norm, steps, image, lead, gradient):
     return trail, best
 
 
+@functools.cache
+def slopes(loss):
+    """On `curved`: the margin, and the gradient of `loss`, on images of any precision."""
+    both = jax.jit(
+        lambda x, label: (
+            margin(curved(KEY, x), label),
+            jax.grad(lambda x: loss(curved(KEY, x), label))(x),
+        )
+    )
+    told = lambda x, label: both(np.asarray(x, np.float32), label)
+    return (
+        lambda x, label: float(told(x, label)[0]),
+        lambda x, label: np.asarray(told(x, label)[1], np.float64),
+    )
+
+
+def predicted(image):
+    return int(np.argmax(jax.jit(curved)(KEY, image)))
+
+
 @EACH
-def test_follows_the_published_loop(maker, norm, key):
+def test_follows_the_published_loop(maker, norm):
     """Point by point while rounding allows it, and to the same distance in the end."""
-    steps, image = 60, 0.3 + 0.4 * jax.random.uniform(key, SHAPE)
-    label = int(jnp.argmax(curved(key, image)))
-    loss = margin if maker is fmn else cross_entropy
-    lead = jax.jit(lambda x: margin(curved(key, x), label))
-    gradient = jax.jit(jax.grad(lambda x: loss(curved(key, x), label)))
+    steps, image = 60, np.float32(0.3 + 0.4 * np.random.default_rng(0).random(SHAPE))
+    label = predicted(image)
+    lead, gradient = slopes(margin if maker is fmn else cross_entropy)
     trail, best = published(
         maker, norm, steps, np.asarray(image, np.float64),
-        lambda x: float(lead(jnp.asarray(x, jnp.float32))),
-        lambda x: np.asarray(gradient(jnp.asarray(x, jnp.float32)), np.float64),
+        lambda x: lead(x, label), lambda x: gradient(x, label),
     )  # fmt: skip
-    attack = maker(Threat(norm, jnp.inf, low=-9.0, high=9.0), steps=steps)
-    state = attack.init(key, curved, image, label)
-    step = jax.jit(lambda state: attack.step(curved, state))
-    for number in range(steps):
-        state = step(state)
-        if number < 12:
-            np.testing.assert_allclose(state.image, trail[number][0], atol=1e-4)
-            np.testing.assert_allclose(state.radius, trail[number][1], rtol=1e-3)
+    *_, told = run(maker, norm, curved, steps, low=-9.0, high=9.0, image=image, label=label)
+    np.testing.assert_allclose(told.image[:12], [point for point, _ in trail[:12]], atol=1e-4)
+    np.testing.assert_allclose(told.radius[:12], [radius for _, radius in trail[:12]], rtol=1e-3)
     assert np.isfinite(best)
-    np.testing.assert_allclose(state.nearest.distance, best, rtol=0.01)
+    np.testing.assert_allclose(told.nearest.distance[-1], best, rtol=0.01)
 
 
 @EACH
-def test_a_finite_radius_is_all_that_is_used(maker, norm, key):
+def test_a_finite_radius_is_all_that_is_used(maker, norm):
     """Short of the plane, as near to it as can be; beyond, the nearest image as without one."""
     distance = 1.0 / dual(norm, WEIGHT)
-    found, score = run(maker(Threat(norm, 0.8 * distance), steps=100), plane, MIDDLE)
-    assert norm.measure(found - MIDDLE) <= 0.8 * distance * (1 + 1e-5)
+    found, score, (right, wrong), *_ = run(maker, norm, plane, 100, radius=0.8 * distance)
+    assert size(norm, found - MIDDLE) <= 0.8 * distance * (1 + 1e-5)
     assert score == pytest.approx(-0.2, abs=0.01)
-    np.testing.assert_allclose(score, margin(plane(key, found), 0), atol=1e-6)
+    np.testing.assert_allclose(score, wrong - right, atol=1e-6)
 
-    found, score = run(maker(Threat(norm, 1.5 * distance), steps=100), plane, MIDDLE)
+    found, score, *_ = run(maker, norm, plane, 100, radius=1.5 * distance)
     assert score > 0
-    assert norm.measure(found - MIDDLE) <= 1.02 * distance
+    assert size(norm, found - MIDDLE) <= 1.02 * distance
 
 
 @EACH
-def test_once_broken_never_worse(maker, norm, key):
-    image = jax.random.uniform(key, SHAPE)
-    label = int(jnp.argmax(curved(key, image)))
-    nearest = run(maker(Threat(norm, jnp.inf), steps=30), curved, image, label)[0]
-    attack = maker(Threat(norm, 1.2 * norm.measure(nearest - image)), steps=30)
-
-    def step(state, _):
-        state = attack.step(curved, state)
-        return state, attack.best(curved, state)[1]
-
-    begin = attack.init(key, curved, image, label)
-    scores = jax.jit(lambda begin: jax.lax.scan(step, begin, length=30)[1])(begin)
-    broken = np.asarray(scores)[np.asarray(scores) > 0]
+def test_once_broken_never_worse(maker, norm):
+    image = np.random.default_rng(0).random(SHAPE, np.float32)
+    label = predicted(image)
+    nearest, *_ = run(maker, norm, curved, 60, image=image, label=label)
+    radius = 1.2 * size(norm, nearest - image)
+    *_, scores, _ = run(maker, norm, curved, 60, radius=radius, image=image, label=label)
+    broken = scores[scores > 0]
     assert scores[-1] > 0
     assert np.all(np.diff(broken) >= 0)
     assert len(np.unique(broken)) > 2
@@ -194,7 +227,7 @@ def test_once_broken_never_worse(maker, norm, key):
 
 @EACH
 def test_a_misclassified_image_is_its_own_answer(maker, norm):
-    found, score = run(maker(Threat(norm, jnp.inf), steps=10), plane, MIDDLE, label=1)
+    found, score, *_ = run(maker, norm, plane, 100, label=1)
     np.testing.assert_array_equal(found, MIDDLE)
     assert score > 1e6
 
@@ -204,7 +237,7 @@ def test_without_a_gradient_nothing_moves(maker, norm):
     def flat(key, image):
         return jnp.array([1.0, 0.0])
 
-    found, score = run(maker(Threat(norm, jnp.inf), steps=10), flat, MIDDLE)
+    found, score, *_ = run(maker, norm, flat, 10)
     np.testing.assert_array_equal(found, MIDDLE)
     assert score <= 0
 
@@ -217,10 +250,10 @@ def test_random_models_are_judged_by_their_mean():
 
     shares = {}
     for draws in (1, 512):
-        attack = fmn(Threat(linf, jnp.inf), steps=40, estimator=eot(draws))
-        found, score = run(attack, noisy, MIDDLE)
+        maker = functools.partial(fmn, estimator=eot(draws))
+        found, score, *_ = run(maker, linf, noisy, 40)
         assert score > 0
-        shares[draws] = float(linf.measure(found - MIDDLE)) * dual(linf, WEIGHT)
+        shares[draws] = size(linf, found - MIDDLE) * dual(linf, WEIGHT)
     assert 0.7 < shares[512] < 1.1
     assert not 0.7 < shares[1] < 1.1
 

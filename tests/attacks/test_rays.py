@@ -1,5 +1,7 @@
 """RayS against distances that can be derived, the published loop written out, and exact counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,12 @@ from rain_jax.norms import l2, linf
 from rain_jax.types import Threat
 
 SHAPE = (6, 6, 2)
-WEIGHT = jax.random.normal(jax.random.key(1), SHAPE)
-WEIGHTS = jax.random.normal(jax.random.key(3), (72, 5))
-GREY = jnp.full(SHAPE, 0.5)
+DRAW = np.random.default_rng(1)
+WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
+WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
+GREY = np.full(SHAPE, 0.5, np.float32)
 # Black and white pixels among them, where the bounds bind.
-IMAGE = jnp.clip(jax.random.uniform(jax.random.key(2), SHAPE, minval=-0.2, maxval=1.2), 0.0, 1.0)
+IMAGE = np.clip(DRAW.uniform(-0.2, 1.2, SHAPE), 0.0, 1.0).astype(np.float32)
 ANY = Threat(linf, jnp.inf)
 
 
@@ -32,6 +35,10 @@ def curved(key, image):
     return jnp.sin(4 * flat @ WEIGHTS) * 3 + jnp.cos(9 * flat) @ WEIGHTS
 
 
+def constant(key, image):
+    return jnp.array([1.0, 0.0])
+
+
 def darker(key, image):
     """Class 1 where the mean is 0.27 below grey: the first ray of all meets it there."""
     return jnp.stack([jnp.mean(image), 0.5 - 0.27])
@@ -42,18 +49,26 @@ def nearest_on_the_plane():
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        corner = np.clip(np.asarray(IMAGE) + middle * np.sign(WEIGHT), 0, 1)
-        reached = np.sum(np.asarray(WEIGHT) * (corner - np.asarray(IMAGE))) >= 3.0
+        corner = np.clip(IMAGE + middle * np.sign(WEIGHT), 0, 1)
+        reached = np.sum(WEIGHT * (corner - IMAGE)) >= 3.0
         low, high = (low, middle) if reached else (middle, high)
     return high
 
 
 def distance(found, clean):
-    return float(jnp.max(jnp.abs(found - clean)))
+    return float(np.max(np.abs(found - clean)))
 
 
-def broken(model, image, label=0):
-    return int(jnp.argmax(model(None, image))) != label
+def answer(model, image, queries, key, label=0):
+    """That of an attack on any image, and the class that the model takes it for."""
+    attack = rays(ANY, queries=queries)
+
+    @jax.jit
+    def run(key, image):
+        found = attack(key, model, image, label)
+        return found, jnp.argmax(model(key, found))
+
+    return map(np.asarray, run(key, image))
 
 
 def test_finds_the_nearest_corner_on_a_plane(key):
@@ -61,17 +76,15 @@ def test_finds_the_nearest_corner_on_a_plane(key):
 
     But one: a flip that shortens the ray by less than where bisection ends is not seen.
     """
-    attack = rays(ANY, queries=1500)
-    found = jax.jit(lambda k: attack(k, plane, IMAGE, 0))(key)
-    assert broken(plane, found)
+    found, predicted = answer(plane, IMAGE, 1500, key)
+    assert predicted != 0
     assert 1 - 1e-4 <= distance(found, IMAGE) / nearest_on_the_plane() <= 1.02
 
 
 def test_finds_the_nearest_corner_beside_a_valley(key):
-    attack = rays(ANY, queries=1500)
-    found = jax.jit(lambda k: attack(k, valley, GREY, 0))(key)
-    assert broken(valley, found)
-    nearest = 3.0 / float(jnp.sum(jnp.abs(WEIGHT)))
+    found, predicted = answer(valley, GREY, 1500, key)
+    assert predicted != 0
+    nearest = 3.0 / float(np.sum(np.abs(WEIGHT)))
     assert 1 - 1e-4 <= distance(found, GREY) / nearest <= 1.02
 
 
@@ -123,29 +136,54 @@ def published(model, clean, label, budget):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_follows_the_published_loop(number, key):
     """Question by question, down to blocks of single values and round again."""
-    clean = jax.random.uniform(jax.random.key(number), SHAPE)
-    label = int(jnp.argmax(curved(key, clean)))
+    clean = np.random.default_rng(number).random(SHAPE, np.float32)
+    label = int(np.argmax(logits_of(clean)))
+    images, distances = asked(key, clean, label)
+    expected_images, expected_distances = published(logits_of, clean, label, 700)
+    np.testing.assert_allclose(images, expected_images, atol=1e-5)
+    np.testing.assert_allclose(distances, expected_distances, atol=1e-5)
+
+
+@jax.jit
+def logits_of(image):
+    return curved(None, image)
+
+
+@jax.jit
+def asked(key, image, label):
+    """What `curved` is asked, and the best distance after each answer."""
     attack = rays(ANY, queries=700)
-    begin = attack.init(key, curved, clean, label)
 
     def step(state, _):
         after = attack.step(curved, state)
         return after, (state.image, after.nearest.distance)
 
-    _, (images, distances) = jax.jit(lambda s: jax.lax.scan(step, s, length=700))(begin)
-    model = jax.jit(lambda image: curved(key, image))
-    expected_images, expected_distances = published(model, np.asarray(clean), label, 700)
-    np.testing.assert_allclose(images, expected_images, atol=1e-5)
-    np.testing.assert_allclose(distances, expected_distances, atol=1e-5)
+    return jax.lax.scan(step, attack.init(key, curved, image, label), length=700)[1]
 
 
-def states(attack, model, image, count, key):
-    state, seen = attack.init(key, model, image, 0), []
-    step = jax.jit(lambda state: attack.step(model, state))
-    for _ in range(count):
-        state = step(state)
-        seen.append(state)
-    return seen
+@functools.cache
+def program(model, count):
+    """After each query: how many were counted, the score, the answer and the nearest image.
+
+    Compiled once for all radii and images.
+    """
+
+    @jax.jit
+    def run(key, radius, image):
+        attack = rays(Threat(linf, radius), queries=count)
+
+        def step(state, _):
+            state = attack.step(model, state)
+            found, score = attack.best(model, state)
+            return state, (attack.queries(state), score, found, state.nearest)
+
+        return jax.lax.scan(step, attack.init(key, model, image, 0), length=count)[1]
+
+    return run
+
+
+def driven(radius, model, image, count, key):
+    return jax.tree.map(np.asarray, program(model, count)(key, float(radius), image))
 
 
 @pytest.mark.parametrize(
@@ -158,53 +196,40 @@ def states(attack, model, image, count, key):
     ],
 )
 def test_counts_queries_until_it_is_within_the_radius(radius, asked, key):
-    attack = rays(Threat(linf, radius), queries=20)
-    seen = states(attack, darker, GREY, 20, key)
-    counts = [int(attack.queries(state)) for state in seen]
-    assert counts == [min(number + 1, asked) for number in range(20)]
-    scores = [float(attack.best(darker, state)[1]) for state in seen]
-    assert [score > 0 for score in scores] == [radius > 0.2 and n >= asked for n in range(1, 21)]
+    counts, scores, *_ = driven(radius, darker, GREY, 20, key)
+    assert counts.tolist() == [min(number + 1, asked) for number in range(20)]
+    broken = [radius > 0.2 and n >= asked for n in range(1, 21)]
+    assert (scores > 0).tolist() == broken
 
 
 def test_further_steps_find_nearer_images_alone(key):
-    attack = rays(Threat(linf, 0.4), queries=60)
-    seen = states(attack, plane, IMAGE, 60, key)
-    scores = np.array([attack.best(plane, state)[1] for state in seen])
+    _, scores, _, nearest = driven(0.4, plane, IMAGE, 60, key)
     first = int(np.argmax(scores > 0))
     assert first > 0
     assert (np.diff(scores[first:]) >= 0).all()
-    np.testing.assert_allclose(scores[-1], 1 / seen[-1].nearest.distance, rtol=1e-6)
+    np.testing.assert_allclose(scores[-1], 1 / nearest.distance[-1], rtol=1e-6)
 
 
 def test_the_radius_leaves_the_search_as_it_is(key):
-    near, anywhere = (states(rays(t, queries=30), plane, IMAGE, 30, key)[-1]
-                      for t in (Threat(linf, 0.2), ANY))  # fmt: skip
-    np.testing.assert_array_equal(near.nearest.image, anywhere.nearest.image)
+    near, anywhere = (driven(radius, plane, IMAGE, 60, key)[-1] for radius in (0.2, np.inf))
+    np.testing.assert_array_equal(near.image, anywhere.image)
 
 
 def test_nothing_but_the_predicted_class_matters(key):
     def reshaped(key, image):
         return 1e3 * curved(key, image) ** 3 - 7.0
 
-    attack = rays(ANY, queries=200)
-    label = int(jnp.argmax(curved(key, GREY)))
-    one, other = (
-        jax.jit(lambda k, m=m: attack(k, m, GREY, label))(key) for m in (curved, reshaped)
-    )
-    np.testing.assert_array_equal(one, other)
+    label = int(np.argmax(logits_of(GREY)))
+    one, other = (answer(model, GREY, 200, key, label) for model in (curved, reshaped))
+    np.testing.assert_array_equal(*(found for found, _ in (one, other)))
 
 
 @pytest.mark.parametrize("radius", [0.1, jnp.inf])
 def test_finds_nothing_where_nothing_is(radius, key):
-    def constant(key, image):
-        return jnp.array([1.0, 0.0])
-
-    attack = rays(Threat(linf, radius), queries=10)
-    state = states(attack, constant, GREY, 10, key)[-1]
-    found, score = attack.best(constant, state)
-    assert bool(jnp.all((found >= 0) & (found <= 1)))
-    assert score <= 0
-    assert attack.queries(state) == 10
+    counts, scores, found, _ = driven(radius, constant, GREY, 10, key)
+    assert np.all((found[-1] >= 0) & (found[-1] <= 1))
+    assert scores[-1] <= 0
+    assert counts[-1] == 10
 
 
 def test_bad_settings_are_refused():

@@ -10,8 +10,17 @@ from rain_jax import image as ops
 from rain_jax.checks import UsageError
 from rain_jax.image.resample import Method
 
-IMAGE = jax.random.uniform(jax.random.key(1), (8, 6, 3))
+IMAGE = np.random.default_rng(1).uniform(size=(8, 6, 3)).astype(np.float32)
 METHODS: list[Method] = ["nearest", "area", "linear", "cubic"]
+
+
+def run(function, *arguments):
+    """As one program, into NumPy: by themselves many small steps are compiled each."""
+    return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+PICK = jax.jit(ops.random_pick, static_argnames="per_channel")
+POOL = jax.jit(ops.mean_pool)
 
 
 def windows(image):
@@ -21,13 +30,16 @@ def windows(image):
 
 
 def test_a_pick_is_one_of_its_window_uniformly_and_the_mean_is_its_expectation():
-    picks = jax.vmap(ops.random_pick, (0, None))(jax.random.split(jax.random.key(2), 4000), IMAGE)
-    which = np.asarray(picks)[..., None] == windows(IMAGE)
+    # By key: draws for many at once take twice as long to compile.
+    data = np.random.default_rng(2).integers(2**32, size=(4000, 2), dtype=np.uint32)
+    pick = jax.jit(lambda data: ops.random_pick(jax.random.wrap_key_data(data), IMAGE))
+    picks = np.stack([pick(one) for one in data])
+    which = picks[..., None] == windows(IMAGE)
     assert np.all(which.sum(-1) == 1)
     # Within 5 standard deviations, of each of 144 shares and of the expectation.
     np.testing.assert_allclose(which.mean(0), 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
-    np.testing.assert_allclose(picks.mean(0), ops.mean_pool(IMAGE), atol=5 * 0.5 / np.sqrt(4000))
-    np.testing.assert_allclose(ops.mean_pool(IMAGE), windows(IMAGE).mean(-1), atol=1e-6)
+    np.testing.assert_allclose(picks.mean(0), POOL(IMAGE), atol=5 * 0.5 / np.sqrt(4000))
+    np.testing.assert_allclose(POOL(IMAGE), windows(IMAGE).mean(-1), atol=1e-6)
 
 
 def largest_of_each_window(image):
@@ -58,20 +70,26 @@ def test_picks_are_the_authors_masked_maximum_for_the_same_winners(per_channel, 
 
 def test_channels_are_picked_apart_or_together():
     # Each pixel says in all channels where it is; channels agree by chance one time in four.
-    places = jnp.broadcast_to(jnp.arange(64 * 64.0).reshape(64, 64, 1), (64, 64, 2)) / 4096
-    apart = ops.random_pick(jax.random.key(3), places)
-    together = ops.random_pick(jax.random.key(3), places, per_channel=False)
-    agreeing = float(jnp.mean(apart[:, :, 0] == apart[:, :, 1]))
+    places = np.arange(64 * 64, dtype=np.float32).reshape(64, 64, 1) / 4096
+    places = np.broadcast_to(places, (64, 64, 2))
+    apart, together = (
+        np.asarray(PICK(jax.random.key(3), places, per_channel=own)) for own in (True, False)
+    )
+    agreeing = np.mean(apart[:, :, 0] == apart[:, :, 1])
     assert abs(agreeing - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1024)
     np.testing.assert_array_equal(together[:, :, 0], together[:, :, 1])
 
 
 def test_the_gradient_of_a_pick_goes_to_the_pixel_that_was_kept(key):
-    slope = jax.grad(lambda image: jnp.sum(ops.random_pick(key, image)))(IMAGE)
+    def both_ways(image):
+        picked, pull = jax.vjp(lambda image: ops.random_pick(key, image), image)
+        return picked, pull(jnp.ones_like(picked))[0]
+
+    picked, slope = run(both_ways, IMAGE)
     kept = np.sum(windows(slope) * windows(IMAGE), axis=-1)
     assert sorted(np.unique(slope)) == [0.0, 1.0]
     np.testing.assert_array_equal(windows(slope).sum(-1), 1.0)
-    np.testing.assert_array_equal(kept, ops.random_pick(key, IMAGE))
+    np.testing.assert_array_equal(kept, picked)
 
 
 def test_odd_sizes_are_refused_until_made_even(key):
@@ -81,12 +99,12 @@ def test_odd_sizes_are_refused_until_made_even(key):
             halve(odd)
         with pytest.raises(UsageError, match="to_even"):
             halve(odd[:, :4])
-    even = ops.to_even(odd)
+    even = run(ops.to_even, odd)
     assert even.shape == (8, 6, 3)
     np.testing.assert_array_equal(even[:7, :5], odd)
     np.testing.assert_array_equal(even[7, :5], odd[6])
     np.testing.assert_array_equal(even[:, 5], even[:, 4])
-    np.testing.assert_array_equal(ops.to_even(IMAGE), IMAGE)
+    np.testing.assert_array_equal(run(ops.to_even, IMAGE), IMAGE)
 
 
 @pytest.mark.parametrize("method", ["nearest", "linear", "cubic"])
@@ -94,9 +112,14 @@ def test_resize_agrees_with_jax_at_every_traced_size_in_one_program(method):
     chex.clear_trace_counter()
     once = lambda size: ops.resize(IMAGE, size, canvas=(11, 13), method=method)
     resize = jax.jit(chex.assert_max_traces(once, n=1))
-    for size in [(8, 6), (4, 3), (11, 13), (5, 13), (9, 1), (1, 7)]:
-        got = resize(jnp.array(size))
-        expected = jax.image.resize(IMAGE, (*size, 3), method, antialias=False)
+    sizes = [(8, 6), (4, 3), (11, 13), (5, 13), (9, 1), (1, 7)]
+    # Theirs at all sizes as one program, since none is needed twice.
+    theirs = run(
+        lambda image: [jax.image.resize(image, (*s, 3), method, antialias=False) for s in sizes],
+        IMAGE,
+    )
+    for size, expected in zip(sizes, theirs, strict=True):
+        got = resize(np.array(size))
         np.testing.assert_allclose(got[: size[0], : size[1]], expected, atol=2e-6)
         assert not np.any(got[size[0] :])
         assert not np.any(got[:, size[1] :])
@@ -106,26 +129,31 @@ def test_area_is_the_exact_mean_of_what_each_pixel_covers():
     # Repeated 5 by 4 times, output pixels are whole numbers of small ones.
     small = np.repeat(np.repeat(IMAGE, 5, axis=0), 4, axis=1)
     expected = small.reshape(5, 8, 4, 6, 3).mean(axis=(1, 3))
-    got = ops.resize(IMAGE, (5, 4), canvas=(8, 8), method="area")
+    area = lambda size, canvas: ops.resize(IMAGE, size, canvas=canvas, method="area")
+    got, half = run(lambda: (area((5, 4), (8, 8)), area((4, 3), (4, 3))))
     np.testing.assert_allclose(got[:5, :4], expected, atol=1e-6)
-    np.testing.assert_allclose(
-        ops.resize(IMAGE, (4, 3), canvas=(4, 3), method="area"), ops.mean_pool(IMAGE), atol=1e-6
-    )
+    np.testing.assert_allclose(half, POOL(IMAGE), atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_constants_and_images_of_the_same_size(method):
-    grey = ops.resize(jnp.full((8, 6, 3), 0.3), (5, 9), canvas=(5, 9), method=method)
+    def both(image):
+        grey = jnp.full((8, 6, 3), 0.3)
+        return (
+            ops.resize(grey, (5, 9), canvas=(5, 9), method=method),
+            ops.resize(image, (8, 6), canvas=(8, 6), method=method),
+        )
+
+    grey, same = run(both, IMAGE)
     np.testing.assert_allclose(grey, 0.3, atol=1e-6)
-    same = ops.resize(IMAGE, (8, 6), canvas=(8, 6), method=method)
     np.testing.assert_allclose(same, IMAGE, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_image_of_a_batch_has_its_own_size(method):
-    images = jnp.stack([IMAGE, 1 - IMAGE])
-    sizes = jnp.array([[3, 9], [7, 2]])
-    one = lambda image, size: ops.resize(image, size, canvas=(9, 9), method=method)
+    images = np.stack([IMAGE, 1 - IMAGE])
+    sizes = np.array([[3, 9], [7, 2]])
+    one = jax.jit(lambda image, size: ops.resize(image, size, canvas=(9, 9), method=method))
     batch = jax.jit(jax.vmap(one))(images, sizes)
     for i in (0, 1):
         np.testing.assert_allclose(batch[i], one(images[i], sizes[i]), atol=1e-6)
@@ -133,13 +161,15 @@ def test_each_image_of_a_batch_has_its_own_size(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_of_a_resize_is_its_transpose(method):
-    resize = lambda image: ops.resize(image, jnp.array([5, 7]), canvas=(7, 7), method=method)
-    out, pull = jax.vjp(resize, IMAGE)
-    weight = jax.random.normal(jax.random.key(4), out.shape)
-    other = jax.random.normal(jax.random.key(5), IMAGE.shape)
-    np.testing.assert_allclose(
-        jnp.sum(weight * resize(other)), jnp.sum(pull(weight)[0] * other), rtol=1e-4
-    )
+    draw = np.random.default_rng(4)
+    weight, other = (draw.normal(size=shape).astype("f4") for shape in ((7, 7, 3), IMAGE.shape))
+
+    def both(image, other, weight, size):
+        resize = lambda image: ops.resize(image, size, canvas=(7, 7), method=method)
+        return resize(other), jax.vjp(resize, image)[1](weight)[0]
+
+    resized, pulled = run(both, IMAGE, other, weight, np.array([5, 7]))
+    np.testing.assert_allclose(np.sum(weight * resized), np.sum(pulled * other), rtol=1e-4)
 
 
 def test_bad_sizes_and_methods_are_refused():

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +60,10 @@ SHAPES = [
 
 def operands(
     size: Any, kernel: Any, channels: Any, dtype: Any = jnp.float32, batch: int = 3
-) -> tuple[jax.Array, jax.Array]:
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (batch, *size, channels[0]), dtype)
-    return x, jax.random.normal(keys[1], (*kernel, *channels), dtype)
+) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)  # JAX's own takes a second to compile, for every shape
+    x = draw.normal(size=(batch, *size, channels[0])).astype(dtype)
+    return x, draw.normal(size=(*kernel, *channels)).astype(dtype)
 
 
 def both(strides: Any, padding: Any, dilation: Any = (1, 1), **options: Any) -> tuple[Any, Any]:
@@ -147,28 +148,34 @@ def test_gradients_hold_under_vmap_and_inside_scan(strides: Any, size: Any) -> N
 def test_gradients_of_gradients_are_those_of_lax() -> None:
     x, k = operands((8, 7), (3, 3), (2, 3))
 
-    def alignment(convolve: Any) -> Any:  # as GradAlign asks: through the gradient to the image
+    # As GradAlign asks: through the gradient to the image.
+    def alignment(convolve: Any, x: jax.Array, k: jax.Array) -> Any:
         def of_kernel(x: jax.Array, k: jax.Array) -> jax.Array:
             first = jax.grad(loss_of(convolve))(x, k)
             second = jax.grad(loss_of(convolve))(x + 0.1, k)
             return jnp.sum(first * second)
 
-        return jax.jit(jax.grad(of_kernel, (0, 1)))(x, k)
+        return jax.grad(of_kernel, (0, 1))(x, k)
 
-    ours, theirs = both((2, 2), "SAME")
-    assert_close(alignment(ours), alignment(theirs), 1e-5)
+    convolutions = both((2, 2), "SAME")
+    assert_close(*jax.jit(lambda x, k: [alignment(c, x, k) for c in convolutions])(x, k), 1e-5)
 
 
 def test_a_wider_element_type_and_a_precision_pass_through() -> None:
     x, k = operands((8, 8), (3, 3), (2, 3), jnp.bfloat16)
     options = dict(preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
     ours, _ = both((1, 1), "SAME", **options)
-    assert ours(x, k).dtype == jnp.float32
-    found = jax.grad(loss_of(ours), (0, 1))(x, k)
     _, theirs = both((1, 1), "SAME")
-    expected = jax.grad(loss_of(theirs), (0, 1))(x.astype(jnp.float32), k.astype(jnp.float32))
+    assert jax.eval_shape(ours, x, k).dtype == jnp.float32
+
+    @jax.jit
+    def gradients(x: jax.Array, k: jax.Array) -> Any:
+        wide = x.astype(jnp.float32), k.astype(jnp.float32)
+        return jax.grad(loss_of(ours), (0, 1))(x, k), jax.grad(loss_of(theirs), (0, 1))(*wide)
+
+    found, expected = gradients(x, k)
     assert [gradient.dtype for gradient in found] == [jnp.bfloat16] * 2
-    assert_close(found, [gradient.astype(jnp.bfloat16) for gradient in expected], 1e-2)
+    assert_close(found, [np.asarray(gradient).astype(jnp.bfloat16) for gradient in expected], 1e-2)
 
 
 def test_bfloat16_convolutions_before_a_maximum_stay_finite() -> None:
@@ -200,20 +207,26 @@ def test_flax_may_use_it_for_whatever_it_does(options: dict[str, Any]) -> None:
     x, _ = operands((8, 8), (3, 3), (2, 4))
     plain = nn.Conv(4, (3, 3), **options)
     safe = nn.Conv(4, (3, 3), conv_general_dilated=conv_general_dilated, **options)
-    variables = plain.init(jax.random.key(1), x)
+    variables = drawn.variables(plain.init, jax.random.key(1), x)
 
-    def gradient(module: nn.Module) -> Any:
+    def gradient(module: nn.Module, variables: Any, x: jax.Array) -> Any:
         loss = lambda variables, x: jnp.sum(jnp.sin(module.apply(variables, x)))
         return jax.grad(loss, (0, 1))(variables, x)
 
-    assert_close(gradient(safe), gradient(plain), 2e-6)
+    both = jax.jit(lambda *arguments: [gradient(each, *arguments) for each in (safe, plain)])
+    assert_close(*both(variables, x), 2e-6)
 
 
 def test_other_layouts_are_left_to_lax() -> None:
     x, k = operands((8, 8), (3, 3), (2, 4))
-    chw = conv_general_dilated(x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1), (1, 1), "SAME")
-    expected = loop_safe_conv(x, k, (1, 1), "SAME").transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(chw, expected, rtol=0, atol=1e-5)
+
+    @jax.jit
+    def both_ways(x: jax.Array, k: jax.Array) -> Any:
+        turned = x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1)
+        chw = conv_general_dilated(*turned, (1, 1), "SAME")
+        return chw, loop_safe_conv(x, k, (1, 1), "SAME").transpose(0, 3, 1, 2)
+
+    np.testing.assert_allclose(*both_ways(x, k), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (3, 2)])
@@ -222,10 +235,9 @@ def test_what_comes_out_empty_is_that_of_lax(strides: Any) -> None:
     x, k = operands((16, 2), (3, 3), (64, 64))
     step = lambda of: lambda x, k: of(x, k, strides, "VALID", dimension_numbers=CANONICAL)
     ours, theirs = step(conv_general_dilated), step(lax.conv_general_dilated)
-    assert theirs(x, k).size == 0
-    assert_close(ours(x, k), theirs(x, k), 0.0)
-    found, expected = (jax.jit(jax.grad(loss_of(f), (0, 1)))(x, k) for f in (ours, theirs))
-    assert_close(found, expected, 0.0)
+    assert jax.eval_shape(theirs, x, k).size == 0
+    all_of = lambda of, x, k: (of(x, k), jax.grad(loss_of(of), (0, 1))(x, k))
+    assert_close(*jax.jit(lambda x, k: [all_of(f, x, k) for f in (ours, theirs)])(x, k), 0.0)
 
 
 def test_a_precision_that_was_asked_for_is_kept() -> None:
@@ -336,8 +348,10 @@ def test_where_few_channels_leave_there_is_one_product(
     ours, theirs = both((1, 1), padding)
     program = jax.make_jaxpr(ours)(x, k).jaxpr
     assert [e.params["dimension_numbers"] for e in convolutions(program)] == []
-    assert_close(ours(x, k), theirs(x, k), 2e-6)
-    found, expected = (jax.jit(jax.grad(loss_of(f), (0, 1)))(x, k) for f in (ours, theirs))
+    all_of = lambda of, x, k: (of(x, k), jax.grad(loss_of(of), (0, 1))(x, k))
+    both_ways = jax.jit(lambda x, k: [all_of(f, x, k) for f in (ours, theirs)])
+    (maps, found), (their_maps, expected) = both_ways(x, k)
+    assert_close(maps, their_maps, 2e-6)
     assert_close(found, expected, 1e-5)
     # More that leave, or fewer that enter, are a convolution.
     for other in ((channels[0], 5), (8, channels[1])):
@@ -353,7 +367,7 @@ def test_a_batch_of_unknown_size_can_be_exported_with_its_gradients() -> None:
         images = jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.float32)
         made = jax.export.export(jax.jit(both_ways))(images, k)
         x, _ = operands((16, 16), (3, 3), (3, 16), batch=5)
-        assert_close(made.call(x, k), both_ways(x, k), 2e-6)
+        assert_close(made.call(x, k), jax.jit(both_ways)(x, k), 2e-6)
 
 
 def test_phases_meet_no_zeros_between_pixels() -> None:
@@ -389,11 +403,11 @@ def test_a_loop_over_images_computes_no_weight_gradients() -> None:
 def trained_on_digits() -> tuple[set[Any], Any]:
     """Layouts of a program of adversarial training and PGD; its losses, and who was right."""
     digits = load_digits()
-    images = jnp.asarray(digits.images[..., None] / 16, jnp.float32)
+    images = jnp.asarray(digits.images[..., None].astype(np.float32) / 16)
     labels = jnp.asarray(digits.target)
     steps, size = 15, 64
     # Wide enough for two pixels at once, and its second kernel is larger than its maps.
-    network = models.cnn(10, widths=(16, 16), hidden=16, batch_norm=True)
+    network = drawn.instead(models.cnn(10, widths=(16, 16), hidden=16, batch_norm=True))
     # In L2 a step changes as little as its gradient does. Signs leap where a gradient is zero but
     # for rounding, and from there on two runs would be two.
     objective = methods.adversarial(network, attacks.fgsm(Threat(l2, 0.5)))

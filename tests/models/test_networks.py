@@ -3,9 +3,10 @@
 import inspect
 import math
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_args
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,30 +46,32 @@ def make(name: str, **options: Any) -> Network:
     return getattr(models, name)(CLASSES, **{**small[0], **options})
 
 
-def images_for(name: str, batch: int = 4) -> jax.Array:
+def images_for(name: str, batch: int = 4) -> np.ndarray:
     small = SMALL[name]
     assert small is not None
-    return jax.random.uniform(jax.random.key(7), (batch, small[1], small[1], 3))
+    shape = batch, small[1], small[1], 3
+    return np.random.default_rng(7).uniform(size=shape).astype(np.float32)
 
 
-_VARIABLES: dict[str, Any] = {}
-
-
+@cache
 def variables_of(name: str) -> Any:
     """Variables of the small form, with running averages that are not those of a fresh network."""
-    if name not in _VARIABLES:
-        variables = make(name).init(jax.random.key(0), images_for(name))
-        shake = lambda x: (
-            x + 0.1 + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-        )
-        if "batch_stats" in variables:
-            variables["batch_stats"] = jax.tree.map(shake, variables["batch_stats"])
-        _VARIABLES[name] = variables
-    return _VARIABLES[name]
+    # Of its own draws only `test_variables_are_plain_..` asks: generators take long to compile.
+    variables = drawn.variables(make(name).init, jax.random.key(0), images_for(name))
+    shake = lambda x: x + 0.1 + 0.1 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    if "batch_stats" in variables:
+        variables["batch_stats"] = jax.tree.map(shake, variables["batch_stats"])
+    return variables
 
 
 def forward(net: Network, **static: Any) -> Any:
     return jax.jit(partial(net.apply, **static))
+
+
+@cache
+def evaluated(name: str) -> Any:
+    """The small form's own program, which several tests share."""
+    return forward(make(name))
 
 
 def parameters(net: Network, *shape: int) -> int:
@@ -106,31 +109,65 @@ def test_arguments_are_plain_annotated_values_with_defaults(name: str) -> None:
 def test_logits_are_float32_and_eval_leaves_images_and_state_alone(name: str) -> None:
     net, variables, images = make(name), variables_of(name), images_for(name)
     assert net.classes == CLASSES
-    logits, state = forward(net)(variables, images)
+    logits, state = evaluated(name)(variables, images)
     assert logits.shape == (4, CLASSES)
     assert logits.dtype == jnp.float32
     assert np.all(np.isfinite(logits))
-    assert float(jnp.std(logits)) > 0
+    assert np.std(logits) > 0
     assert set(state) == set(variables) - {"params"}
     assert_trees_close(state, {k: variables[k] for k in state}, 0.0)
 
-    others = images.at[1:].set(0.5)
-    np.testing.assert_allclose(forward(net)(variables, others)[0][0], logits[0], 0, 1e-5)
+    others = images.copy()
+    others[1:] = 0.5
+    np.testing.assert_allclose(evaluated(name)(variables, others)[0][0], logits[0], 0, 1e-5)
+
+
+def hanging_on(place: int, program: Any) -> list[bool]:
+    """Which results of a program, made by `jax.make_jaxpr`, its input at that place may reach."""
+
+    def results(jaxpr: Any, touched: list[bool]) -> list[bool]:
+        seen = {v for v, reached in zip(jaxpr.invars, touched, strict=True) if reached}
+        reached = lambda v: not hasattr(v, "val") and v in seen  # literals hang on nothing
+        for equation in jaxpr.eqns:
+            of_inputs = [reached(v) for v in equation.invars]
+            inner = equation.params.get("jaxpr")
+            if inner is not None and len(inner.jaxpr.invars) == len(of_inputs):
+                of_outputs = results(inner.jaxpr, of_inputs)
+            else:
+                of_outputs = [any(of_inputs)] * len(equation.outvars)
+            seen |= {v for v, hit in zip(equation.outvars, of_outputs, strict=True) if hit}
+        return [reached(v) for v in jaxpr.outvars]
+
+    inputs = range(len(program.jaxpr.invars))
+    return results(program.jaxpr, [number == place for number in inputs])
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_variables_are_plain_dictionaries_and_follow_from_the_key(name: str) -> None:
-    net, images = make(name), images_for(name)
-    variables, again = (net.init(jax.random.key(0), x) for x in (images, 1 - images))
-    assert_trees_close(variables, again, 0.0)
+    """Read off the program, for generators take half a minute to compile for a large network."""
+    program, variables = jax.make_jaxpr(make(name).init, return_shape=True)(
+        jax.random.key(0), images_for(name)
+    )
     assert type(variables) is dict
     assert all(type(collection) is dict for collection in variables.values())
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    leaves = jax.tree.leaves(variables)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+    # Kernels hang on the key, and nothing on what the images show.
+    assert hanging_on(0, program) == [len(leaf.shape) > 1 for leaf in leaves]
+    assert not any(hanging_on(1, program))
+
+
+@pytest.mark.parametrize(
+    ("name", "thin"),
+    [("cnn", dict(widths=(1, 2), hidden=2)), ("preact_resnet", dict(width=1))],
+)
+def test_the_same_key_the_same_variables_and_another_others(name: str, thin: Any) -> None:
+    net, images = make(name, **thin), images_for(name)
+    variables, again = (net.init(jax.random.key(0), x) for x in (images, 1 - images))
+    assert_trees_close(variables, again, 0.0)
     other = net.init(jax.random.key(1), images)
-    assert any(
-        not np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(other), strict=True)
-    )
+    pairs = zip(jax.tree.leaves(variables), jax.tree.leaves(other), strict=True)
+    assert any(not np.array_equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -150,21 +187,19 @@ def test_normalising_inside_is_normalising_outside(name: str) -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     variables, images = variables_of(name), images_for(name)
     inside, _ = forward(make(name, mean=mean, std=std))(variables, images)
-    outside, _ = forward(make(name))(
-        variables, (images - jnp.array([[[mean]]])) / jnp.array([[[std]]])
-    )
+    outside, _ = evaluated(name)(variables, (images - np.float32(mean)) / np.float32(std))
     np.testing.assert_allclose(inside, outside, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_bfloat16_computes_nearly_the_same_logits(name: str) -> None:
     variables, images = variables_of(name), images_for(name)
-    exact, _ = forward(make(name))(variables, images)
+    exact = np.asarray(evaluated(name)(variables, images)[0])
     net = make(name, dtype="bfloat16")
     coarse, _ = forward(net)(variables, images)
     assert coarse.dtype == jnp.float32
     assert not np.array_equal(exact, coarse)
-    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05 * float(jnp.max(jnp.abs(exact))))
+    np.testing.assert_allclose(coarse, exact, rtol=0, atol=0.05 * np.max(np.abs(exact)))
     _, state = jax.eval_shape(partial(net.apply, train=True), variables, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} <= {jnp.dtype("float32")}
 
@@ -173,7 +208,7 @@ def test_bfloat16_computes_nearly_the_same_logits(name: str) -> None:
 def test_jit_changes_nothing(name: str) -> None:
     net, variables, images = make(name), variables_of(name), images_for(name)
     np.testing.assert_allclose(
-        net.apply(variables, images)[0], forward(net)(variables, images)[0], rtol=1e-4, atol=1e-5
+        net.apply(variables, images)[0], evaluated(name)(variables, images)[0], rtol=1e-4, atol=1e-5
     )
 
 
@@ -205,16 +240,17 @@ def test_no_slow_convolution_is_left_in_loops_over_whole_networks(name: str) -> 
 # Batch statistics, however the batch is spread out
 
 NORMALISED = ["cnn", "preact_resnet"]
-LABELS = jnp.array([0, 1, 2, 3, 4, 0, 1, 2])
+LABELS = np.array([0, 1, 2, 3, 4, 0, 1, 2])
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     return -jax.nn.log_softmax(logits)[label]
 
 
-def batched(name: str, images: jax.Array) -> tuple[Any, Any, Any]:
-    """Logits, state and the gradient of the summed loss of a batch in training."""
-    net, variables = make(name), variables_of(name)
+@cache
+def batched(name: str) -> tuple[Any, Any, Any]:
+    """Logits, state and the gradient of the summed loss of a batch of eight in training."""
+    net, variables, images = make(name), variables_of(name), images_for(name, 8)
 
     def loss(images: jax.Array) -> Any:
         logits, state = net.apply(variables, images, train=True)
@@ -243,7 +279,7 @@ def one_by_one(name: str, axis_name: Any) -> Any:
 def test_a_vmap_axis_is_a_batch(name: str) -> None:
     images = images_for(name, 8)
     each = jax.vmap(one_by_one(name, "image"), axis_name="image", out_axes=(0, None, 0))
-    assert_trees_close(jax.jit(each)(images, LABELS), batched(name, images), 2e-5)
+    assert_trees_close(jax.jit(each)(images, LABELS), batched(name), 2e-5)
 
 
 @pytest.mark.parametrize("name", NORMALISED)
@@ -258,7 +294,7 @@ def test_a_device_axis_is_a_batch(name: str, mapping: str) -> None:
         mesh = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
         specs = dict(in_specs=P("device"), out_specs=(P("device"), P()), check_vma=False)
         logits, state = jax.jit(jax.shard_map(body, mesh=mesh, **specs))(images)
-    assert_trees_close((logits, state), batched(name, images)[:2], 2e-5)
+    assert_trees_close((logits, state), batched(name)[:2], 2e-5)
 
 
 def test_devices_and_vmap_together_are_a_batch() -> None:
@@ -276,7 +312,7 @@ def test_devices_and_vmap_together_are_a_batch() -> None:
             check_vma=False,
         )
     )
-    assert_trees_close(program(images, LABELS), batched(name, images), 2e-5)
+    assert_trees_close(program(images, LABELS), batched(name), 2e-5)
 
 
 def test_the_running_averages_move_by_a_tenth() -> None:
@@ -289,12 +325,15 @@ def test_the_running_averages_move_by_a_tenth() -> None:
             return jnp.mean(norm()(images), (1, 2))
 
     net = network(OnlyNorm(), classes=3)
-    images = jax.random.uniform(jax.random.key(1), (4, 8, 8, 3))
-    variables = net.init(jax.random.key(0), images)
-    _, state = net.apply(variables, images, train=True)
-    (found,) = state["batch_stats"].values()
-    np.testing.assert_allclose(found["mean"], 0.1 * jnp.mean(images, (0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * jnp.var(images, (0, 1, 2)), rtol=1e-5)
+    images = np.random.default_rng(1).uniform(size=(4, 8, 8, 3)).astype(np.float32)
+
+    @jax.jit
+    def moved(images: jax.Array) -> Any:
+        return net.apply(net.init(jax.random.key(0), images), images, train=True)[1]
+
+    (found,) = moved(images)["batch_stats"].values()
+    np.testing.assert_allclose(found["mean"], 0.1 * np.mean(images, (0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * np.var(images, (0, 1, 2)), rtol=1e-5)
 
 
 # Options
@@ -305,7 +344,7 @@ def test_remat_changes_neither_variables_nor_gradients(remat: str) -> None:
     name = "preact_resnet"
     variables, images = variables_of(name), images_for(name)
 
-    def gradients(net: Network) -> Any:
+    def gradients(net: Network, variables: Any, images: jax.Array) -> Any:
         def loss(params: Any, images: jax.Array) -> Any:
             logits, state = net.apply({**variables, "params": params}, images, train=True)
             return jnp.sum(logits**2), state
@@ -313,13 +352,15 @@ def test_remat_changes_neither_variables_nor_gradients(remat: str) -> None:
         return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], images)
 
     plain, again = make(name), make(name, remat=remat)
-    assert_trees_close(
-        again.init(jax.random.key(0), images), plain.init(jax.random.key(0), images), 0.0
-    )
-    assert "remat" in str(jax.make_jaxpr(lambda: gradients(again))())
-    assert_trees_close(
-        jax.jit(lambda: gradients(again))(), jax.jit(lambda: gradients(plain))(), 2e-5
-    )
+    # Draws hang on names, whatever the width: of one channel, generators are soon compiled.
+    thin = [make(name, width=1, **more).init for more in (dict(remat=remat), {})]
+    assert_trees_close(*[init(jax.random.key(0), images) for init in thin], 0.0)
+    inits = [jax.eval_shape(net.init, jax.random.key(0), images) for net in (again, plain)]
+    assert jax.tree.structure(inits[0]) == jax.tree.structure(inits[1])
+    assert jax.tree.map(np.shape, inits[0]) == jax.tree.map(np.shape, inits[1])
+    assert "remat" in str(jax.make_jaxpr(partial(gradients, again))(variables, images))
+    both = jax.jit(lambda *given: [gradients(net, *given) for net in (again, plain)])
+    assert_trees_close(*both(variables, images), 2e-5)
 
 
 def test_what_the_backward_pass_keeps_is_what_remat_says() -> None:
@@ -355,11 +396,13 @@ def test_what_the_backward_pass_keeps_is_what_remat_says() -> None:
 @pytest.mark.parametrize("name", ["cnn", "preact_resnet"])
 def test_every_activation_is_another_network(name: str) -> None:
     variables, images = variables_of(name), images_for(name)
-    logits = [forward(make(name, activation=a))(variables, images)[0] for a in get_args(Activation)]
+    nets = [make(name, activation=activation) for activation in get_args(Activation)]
+    each = jax.jit(lambda *given: [net.apply(*given)[0] for net in nets])
+    logits = jax.device_get(each(variables, images))
     assert np.all(np.isfinite(logits))
     for i in range(len(logits)):
         for j in range(i):
-            assert float(jnp.max(jnp.abs(logits[i] - logits[j]))) > 1e-3
+            assert np.max(np.abs(logits[i] - logits[j])) > 1e-3
 
 
 def test_parameter_counts_are_the_standard_ones() -> None:
@@ -428,9 +471,9 @@ def test_a_wrong_value_is_met_by_one_line(make_it: Any, said: str) -> None:
 def test_images_that_do_not_fit_are_met_by_one_line() -> None:
     net, variables, images = make("cnn"), variables_of("cnn"), images_for("cnn")
     with pytest.raises(UsageError, match="another size or number of channels"):
-        net.apply(variables, images[..., :1])
+        jax.eval_shape(net.apply, variables, images[..., :1])
     with pytest.raises(UsageError, match="uint8: expected floats"):
-        net.apply(variables, (255 * images).astype(jnp.uint8))
+        jax.eval_shape(net.apply, variables, (255 * images).astype(np.uint8))
 
 
 def test_a_module_that_cannot_synchronise_says_so() -> None:
@@ -441,21 +484,24 @@ def test_a_module_that_cannot_synchronise_says_so() -> None:
 
     net = network(Alone(), classes=3)
     images = images_for("cnn")
-    variables = net.init(jax.random.key(0), images)
-    net.apply(variables, images, train=True)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    jax.eval_shape(partial(net.apply, train=True), variables, images)
     with pytest.raises(UsageError, match="Alone has no field"):
-        net.apply(variables, images, train=True, axis_name="device")
+        jax.eval_shape(partial(net.apply, train=True, axis_name="device"), variables, images)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8, 2), (2, 7, 5, 3), (1, 2, 3, 1)])
 def test_the_maximum_is_that_of_flax_in_value_and_gradient(shape):
     """With many ties, where the first pixel of a window has the gradient."""
-    maps = jnp.round(2 * jax.random.normal(jax.random.key(0), shape)) / 2
-    slope = jax.random.normal(jax.random.key(1), (shape[0], shape[1] // 2, shape[2] // 2, shape[3]))
+    draw = np.random.default_rng(0)
+    maps = (np.round(2 * draw.normal(size=shape)) / 2).astype(np.float32)
+    slope = draw.normal(size=(shape[0], shape[1] // 2, shape[2] // 2, shape[3])).astype(np.float32)
     flax = lambda maps: nn.max_pool(maps, (2, 2), strides=(2, 2))
-    for found, expected in zip(
-        *(jax.vjp(pool, maps) for pool in (max_pool_2x2, flax)), strict=True
-    ):
-        if callable(found):
-            found, expected = found(slope)[0], expected(slope)[0]
+
+    @jax.jit
+    def both(maps: jax.Array, slope: jax.Array) -> Any:
+        pairs = [jax.vjp(pool, maps) for pool in (max_pool_2x2, flax)]
+        return [(value, pull(slope)[0]) for value, pull in pairs]
+
+    for found, expected in zip(*both(maps, slope), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -22,9 +22,14 @@ GEOMETRIES = [
 
 
 def operands(size: Any, channels: int, features: int, batch: int = 2) -> Any:
-    keys = jax.random.split(jax.random.key(3))
-    images = jax.random.normal(keys[0], (batch, *size, channels))
-    return images, jax.random.normal(keys[1], (3, 3, channels, features))
+    draw = np.random.default_rng(3)
+    shapes = (batch, *size, channels), (3, 3, channels, features)
+    return [draw.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def waves(*shape: int) -> np.ndarray:
+    """A cotangent."""
+    return np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
 
 
 def by_lax(images: Any, kernel: Any, padding: Any = ONE) -> Any:
@@ -40,13 +45,18 @@ def assert_close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
 @pytest.mark.parametrize(("size", "padding"), GEOMETRIES)
 def test_values_and_gradients_are_those_of_a_convolution(size: Any, padding: Any) -> None:
     images, kernel = operands(size, 5, 7)
-    expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
-    found, own = jax.vjp(lambda x, k: winograd.convolve(x, k, padding), images, kernel)
-    assert_close(found, expected)
-    cotangent = jnp.cos(jnp.arange(found.size, dtype=jnp.float32)).reshape(found.shape)
-    assert_close(own(cotangent), pull(cotangent))
-    by_hand = winograd.kernel_gradient(images, cotangent, padding)
-    assert_close(by_hand, pull(cotangent)[1])
+    shape = jax.eval_shape(lambda x, k: by_lax(x, k, padding), images, kernel).shape
+
+    @jax.jit
+    def both(images: Any, kernel: Any, cotangent: Any) -> Any:
+        expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
+        found, own = jax.vjp(lambda x, k: winograd.convolve(x, k, padding), images, kernel)
+        by_hand = winograd.kernel_gradient(images, cotangent, padding)
+        return (found, own(cotangent), by_hand), (expected, pull(cotangent))
+
+    found, (maps, (to_images, to_kernel)) = both(images, kernel, waves(*shape))
+    for ours, theirs in zip(found, (maps, (to_images, to_kernel), to_kernel), strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("batch", [1, 10, 11, 15])
@@ -63,26 +73,42 @@ def test_many_images_go_in_parts(
     images, kernel = operands(size, 6, 11, batch)
     parts = {1: 1, 10: 1, 11: 3, 15: 3}[batch]
     assert winograd._parts(images, 11, padding) == parts
-    jax.clear_caches()  # programs of these shapes that go at once
 
     def ours(x: Any, k: Any) -> Any:
         return winograd.convolve(x, k, padding)
 
-    expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
-    assert_close(ours(images, kernel), expected)
-    cotangent = jnp.cos(jnp.arange(expected.size, dtype=jnp.float32)).reshape(expected.shape)
-    assert_close(winograd.kernel_gradient(images, cotangent, padding), pull(cotangent)[1])
     # One by one under a `vmap`, or two: the parts are those of all.
     one_by_one = jax.vmap(lambda image, k: ours(image[None], k)[0], (0, None))
-    assert_close(one_by_one(images, kernel), expected)
+
+    @jax.jit
+    def everything(images: Any, kernel: Any, cotangent: Any) -> Any:
+        expected, pull = jax.vjp(lambda x, k: by_lax(x, k, padding), images, kernel)
+        members = jnp.stack([kernel, 2 * kernel])
+        return dict(
+            expected=expected, to_kernel=pull(cotangent)[1],
+            ours=ours(images, kernel),
+            kernel_gradient=winograd.kernel_gradient(images, cotangent, padding),
+            one_by_one=one_by_one(images, kernel),
+            members=jax.vmap(ours, (None, 0))(images, members),
+            both=jax.vmap(ours)(jnp.stack([images, images]), members),
+        )  # fmt: skip
+
+    height, width = (n + sum(pad) - 2 for n, pad in zip(size, padding, strict=True))
+    changed = winograd.convolve, winograd.kernel_gradient
+    for function in changed:
+        function.clear_cache()  # what was traced for images of this size that go at once
+    found = jax.device_get(everything(images, kernel, waves(batch, height, width, 11)))
     for convolved in (ours, one_by_one):
         loops = str(jax.make_jaxpr(convolved)(images, kernel)).count("scan[")
         assert loops == (parts > 1)
-    members = jnp.stack([kernel, 2 * kernel])
-    assert_close(jax.vmap(ours, (None, 0))(images, members), jnp.stack([expected, 2 * expected]))
-    both = jax.vmap(ours)(jnp.stack([images, images]), members)
-    assert_close(both, jnp.stack([expected, 2 * expected]))
-    jax.clear_caches()
+    for function in changed:
+        function.clear_cache()
+    expected = found["expected"]
+    assert_close(found["ours"], expected)
+    assert_close(found["kernel_gradient"], found["to_kernel"])
+    assert_close(found["one_by_one"], expected)
+    assert_close(found["members"], np.stack([expected, 2 * expected]))
+    assert_close(found["both"], np.stack([expected, 2 * expected]))
 
 
 def test_what_float64_says_is_as_near_as_to_a_direct_convolution() -> None:
@@ -95,10 +121,9 @@ def test_what_float64_says_is_as_near_as_to_a_direct_convolution() -> None:
         for row in range(3) for column in range(3)
     )  # fmt: skip
     size = np.sqrt(np.mean(exact**2))
-    error = {
-        name: np.sqrt(np.mean((np.asarray(convolve(images, kernel, ONE)) - exact) ** 2)) / size
-        for name, convolve in (("direct", by_lax), ("winograd", winograd.convolve))
-    }
+    by = {"direct": by_lax, "winograd": winograd.convolve}
+    found = jax.jit(lambda x, k: {name: by[name](x, k, ONE) for name in by})(images, kernel)
+    error = {name: np.sqrt(np.mean((f - exact) ** 2)) / size for name, f in found.items()}
     assert error["winograd"] < 1e-6
     assert error["winograd"] < 4 * error["direct"]
 
@@ -155,27 +180,25 @@ def test_it_is_taken_where_it_is_faster(
         strides, dilation = other
         apart = lambda x, k, s=strides, d=dilation: loop_safe_conv(x, k, s, ONE, rhs_dilation=d)
         assert multiplications(apart, images, kernel)["dot_general"] == 0
-    narrow = multiplications(ours, images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    halved = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (images, kernel)]
+    narrow = multiplications(ours, *halved)
     assert narrow["dot_general"] == 0
-    assert_close(
-        jax.jit(jax.value_and_grad(loss, (0, 1)))(images, kernel),
-        jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(jnp.sin(0.05 * by_lax(x, k))), (0, 1)))(
-            images, kernel
-        ),
-        1e-5,
-    )
+    by = [loss, lambda x, k: jnp.sum(jnp.sin(0.05 * by_lax(x, k)))]
+    both = jax.jit(lambda x, k: [jax.value_and_grad(each, (0, 1))(x, k) for each in by])
+    assert_close(*both(images, kernel), 1e-5)
 
 
 def test_a_large_kernel_is_not_transposed_for_a_few_pixels() -> None:
     """On the way back to images: a product for each tap, of the kernel as it is."""
     images, kernel = operands((4, 4), 128, 160, 4)
-    cotangent = jnp.cos(jnp.arange(4 * 4 * 4 * 160, dtype=jnp.float32)).reshape(4, 4, 4, 160)
+    cotangent = waves(4, 4, 4, 160)
 
     def back(convolve: Any) -> Any:
         return lambda x, k, g: jax.vjp(lambda x: convolve(x, k), x)[1](g)[0]
 
     ours = back(lambda x, k: loop_safe_conv(x, k, (1, 1), ONE))
-    assert_close(ours(images, kernel, cotangent), back(by_lax)(images, kernel, cotangent))
+    both = jax.jit(lambda *arguments: (ours(*arguments), back(by_lax)(*arguments)))
+    assert_close(*both(images, kernel, cotangent))
     counted = multiplications(ours, images, kernel, cotangent)
     assert counted["dot_general"] == 9
     transposed = [
@@ -183,8 +206,8 @@ def test_a_large_kernel_is_not_transposed_for_a_few_pixels() -> None:
         if "= transpose" in line and "f32[3,3,160,128]" in line
     ]  # fmt: skip
     assert not transposed
-    several = jnp.concatenate([images] * 3), kernel, jnp.concatenate([cotangent] * 3)
-    assert_close(ours(*several), back(by_lax)(*several))
+    several = np.concatenate([images] * 3), kernel, np.concatenate([cotangent] * 3)
+    assert_close(*both(*several))
     assert multiplications(ours, *several)["dot_general"] == 0  # two convolutions, or three
 
 
@@ -204,7 +227,7 @@ def test_under_vmap_and_in_a_loop_and_twice() -> None:
         return jax.vmap(steps, (0, None))(images, kernel), jax.grad(along)(kernel)
 
     ours = lambda x, k: loop_safe_conv(x, k, (1, 1), ONE)
-    assert_close(jax.jit(lambda: climbed(ours))(), jax.jit(lambda: climbed(by_lax))(), 2e-5)
+    assert_close(*jax.jit(lambda: (climbed(ours), climbed(by_lax)))(), 2e-5)
 
 
 def test_gradients_left_to_lax_are_its_convolutions() -> None:
@@ -222,7 +245,5 @@ def test_gradients_left_to_lax_are_its_convolutions() -> None:
     counted = multiplications(lambda k: jax.grad(loss)(k, ours), kernel)
     assert counted["dot_general"] == 16
     assert counted["conv_general_dilated"] >= 1
-    found, expected = (
-        jax.jit(jax.value_and_grad(lambda k, c=c: loss(k, c)))(kernel) for c in (ours, by_lax)
-    )
-    assert_close(found, expected, 1e-5)
+    both = jax.jit(lambda k: [jax.value_and_grad(loss)(k, each) for each in (ours, by_lax)])
+    assert_close(*both(kernel), 1e-5)
