@@ -94,7 +94,10 @@ def described(
             "radius_in_255": 255 * radius,
         },
         "clean": {
-            **stands["clean"], **_over_draws(experiment, clean), **_near(clean), **_cost(clean),
+            **stands["clean"],
+            **_over_draws(experiment, clean),
+            **_near(clean),
+            **_cost(clean),
         },
         "attacks": {
             title: {
