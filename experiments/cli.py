@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from experiments import configuring, memory
 from rain_jax.checks import UsageError, nearest
+from rain_jax.keys import unroll_threefry
 from rain_jax.training import Diverged
 
 _FRACTION = re.compile(r"(-?\d+\.?\d*)/(\d+\.?\d*)")
@@ -194,6 +195,7 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     loud = "--traceback" in argv
     logging.set_verbosity(logging.ERROR)  # libraries' advice; what matters a run says itself
+    unroll_threefry()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # absl's own are left at their defaults; Orbax asks for some
     try:

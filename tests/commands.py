@@ -21,7 +21,6 @@ from experiments.running import items_of, no_sums
 from experiments.steps import in_dispatches, plan_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
-from rain_jax.types import Network, Variables
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of any run, or of none: what is looked at, and what is measured.
@@ -65,12 +64,14 @@ def write_config(folder: Path) -> Path:
 
 
 def start(
-    module: str, *arguments: Any, devices: int = 8, folder: Path, **environment: str
-) -> subprocess.Popen:
+    module: str, *arguments: Any, devices: int = 8, folder: Path, before: str = "",
+    **environment: str,
+) -> subprocess.Popen:  # fmt: skip
     """`python -m experiments.MODULE` on simulated devices; output goes to files in `folder`.
 
     Compiled as the tests' own programs are. Into files and not pipes: a child that nobody reads
-    must not wait, and what a killed one has said must not be lost.
+    must not wait, and what a killed one has said must not be lost. `before` is a program that it
+    runs first, which may change what the command does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
@@ -81,9 +82,13 @@ def start(
         "PYTHONPATH": str(ROOT),
         **environment,
     }
+    program = ["-m", f"experiments.{module}"]
+    if before:
+        run = f"run_module('experiments.{module}', run_name='__main__', alter_sys=True)"
+        program = ["-c", f"{before}\nimport runpy\nrunpy.{run}"]
     with (folder / "stdout").open("a") as out, (folder / "stderr").open("a") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             env=environment, stdout=out, stderr=err, cwd=ROOT,
         )  # fmt: skip
 
@@ -201,36 +206,6 @@ def final(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     step, *items = found
     leaves, _ = jax.tree.flatten_with_path(dict(zip(("model", "train"), items, strict=True)))
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def drawn(network: Network, shape: tuple[int, ...], seed: int = 0) -> Variables:
-    """Variables of a network for images of a shape [H, W, C], whose kernels NumPy draws.
-
-    The rest is as `init` makes it. What JAX draws for the kernels of convolutions takes longer to
-    compile, seconds for each, than most of what a test does with them.
-    """
-    images = np.zeros((1, *shape), np.float32)
-    draw = np.random.default_rng(seed)
-
-    def is_kernel(path: Any) -> bool:
-        return getattr(path[-1], "key", None) == "kernel"
-
-    @jax.jit  # in which the draws are dead code
-    def others(key: Any) -> Any:
-        found = network.init(key, images)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.zeros(()) if is_kernel(path) else leaf, found
-        )
-
-    def filled(path: Any, leaf: Any, like: Any) -> jax.Array:
-        if not is_kernel(path):
-            return leaf
-        scale = np.sqrt(2 / np.prod(like.shape[:-1]))
-        return jnp.asarray((scale * draw.standard_normal(like.shape)).astype(like.dtype))
-
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(network.init, key, images)
-    return jax.tree_util.tree_map_with_path(filled, others(key), shapes)
 
 
 def one_by_one(feeds: Iterator[tuple[Any, Any]], count: int) -> Iterator[Any]:

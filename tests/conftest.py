@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first JAX call. Programs are compiled as users' are. `COMPILE=fast` takes machine code
-# as LLVM first writes it, in half the time: for tests marked `structure`, which assert nothing
-# about numbers that a program computed, and no others then run.
+# Before the first JAX call. Programs are compiled as users' are. `COMPILE=fast` takes XLA's older
+# emitters and machine code as LLVM first writes it, in a third of the time: for tests marked
+# `structure`, which assert nothing about numbers that a program computed, and no others then run.
 FAST = os.environ.get("COMPILE") == "fast"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 _OWN = {"xla_force_host_platform_device_count": 8}
 if FAST:
-    _OWN["xla_backend_optimization_level"] = 0
+    _OWN |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": "false"}
 for _name, _value in _OWN.items():
     if _name not in _FLAGS:
         _FLAGS = f"{_FLAGS} --{_name}={_value}".strip()
@@ -30,29 +30,15 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
+from rain_jax.keys import unroll_threefry  # noqa: E402
+
+unroll_threefry()  # as commands do
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-# Files that assert numbers and are still compiled at level 0, as all were: their expectations have
-# not been tried at the usual level on every kind of CPU. To be emptied.
-NOT_YET = (
-    "tests/methods/", "tests/evaluation/test_cost.py", "tests/evaluation/test_smoothing.py",
-    *(
-        f"tests/test_{name}.py"
-        for name in (
-            "bad_inputs", "benchmark", "benchmark_training", "cache", "checkpoints", "data",
-            "evaluation_resume", "logs", "processes", "report", "resume", "sanity", "upscale",
-        )
-    ),
-)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What asserts numbers runs as users' programs are compiled, but for the files `NOT_YET`."""
-    for item in items:
-        if item.nodeid.startswith(NOT_YET):
-            item.add_marker("structure")
+    """What asserts numbers is never compiled in haste."""
     if FAST:
         left = [item for item in items if item.get_closest_marker("structure") is None]
         items[:] = [item for item in items if item.get_closest_marker("structure") is not None]

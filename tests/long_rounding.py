@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import commands
+import drawn
 import jax
 import numpy as np
 
@@ -41,7 +41,7 @@ def logits(out: Path) -> None:
     found = {}
     for name, (network, shape) in NETWORKS.items():
         images = np.random.default_rng(0).random((COUNT, *shape)).astype(np.float32)
-        variables = commands.drawn(network, shape, seed=1)
+        variables = drawn.of(network, shape, seed=1)
         alone = lambda v, image, n=network: n.apply(v, image[None])[0][0]
         program = jax.jit(jax.vmap(alone, (None, 0)))
         for size in SIZES:

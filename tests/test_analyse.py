@@ -4,6 +4,7 @@ import shutil
 from functools import partial
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
     statistics = str(folder / "statistics.npz")
     defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=statistics)
     experiment = build.experiment(configuring.changed(config, [("defence", defence)]))
-    variables = commands.drawn(experiment.network, experiment.splits.train.shape)
+    variables = drawn.of(experiment.network, experiment.splits.train.shape)
     with np.load(statistics) as file:
         luma, _ = tables.nn_table(tables.Statistics(**dict(file)), 40.0)
     np.testing.assert_allclose(variables["frozen"]["defence"]["tables"]["luma"], luma)
@@ -153,7 +154,7 @@ def test_published_weights_come_from_a_file(tmp_path):
             start=dict(defence=str(tmp_path / "edsr.npz"), trained="defence"),
         )
         experiment = build.experiment(config_of(tmp_path, **{**sections, **more}))
-        variables = commands.drawn(experiment.network, (8, 8, 3))
+        variables = drawn.of(experiment.network, (8, 8, 3))
         return start.begun(experiment, variables, place("shard_map", choose_devices(1)))
 
     found = begun()["params"]["defence"]

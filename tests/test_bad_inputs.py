@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -342,7 +343,7 @@ def write_data(files: Path) -> None:
 def write_runs(files: Path) -> None:
     """Folders as a training leaves them, whole and damaged, without any training."""
     experiment = build.experiment(cli.load_config(str(files / "tiny.py")))
-    variables = commands.drawn(experiment.network, experiment.splits.train.shape)
+    variables = drawn.of(experiment.network, experiment.splits.train.shape)
     params = variables.pop("params")
     model = {"params": params, "model_state": variables, "average": params}
     workdir.claim(files / "new", experiment.config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -398,7 +399,7 @@ def test_weights_are_perturbed_around_any_method():
     shape = experiment.splits.train.shape
     images = np.random.default_rng(0).uniform(size=(4, *shape)).astype(np.float32)
     batch = Batch(images, np.arange(4), np.arange(4), np.ones(4, bool))
-    params = commands.drawn(experiment.network, shape)["params"]
+    params = drawn.of(experiment.network, shape)["params"]
 
     @jax.jit
     def both(params, key):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
         experiment.optimiser(plan.total, plan.per_epoch),
         average=experiment.average(plan.total, plan.per_epoch),
     )
-    state = devices.replicate(jax.jit(method.init)(commands.drawn(experiment.network, (8, 8, 1))))
+    state = devices.replicate(jax.jit(method.init)(drawn.of(experiment.network, (8, 8, 1))))
     step = steps.make_step(experiment, method, plan, devices)
     feeds = commands.one_by_one(steps.feed(experiment, plan, keys, devices, 0), plan.total)
     for _ in range(2):  # compiles, and takes its own results as arguments for the first time
@@ -264,11 +265,13 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
 def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
     """Numbers to rounding; each dispatch one program, the state donated."""
     whole = runpy.run_path(str(config))["get_config"]()
-    experiment = build.experiment(configuring.changed(whole, [("training.feed", feed)]))
+    # Natural training compiles sooner, and draws in each step too: its crops.
+    changes = [("training.feed", feed), ("method.name", "natural")]
+    experiment = build.experiment(configuring.changed(whole, changes))
     devices = place(mapping, choose_devices(2))
     plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
     method = experiment.method(plan)
-    init = partial(jax.jit(method.init), commands.drawn(experiment.network, (8, 8, 1)))
+    init = partial(jax.jit(method.init), drawn.of(experiment.network, (8, 8, 1)))
     step = steps.make_step(experiment, method, plan, devices)
     epoch_ends = lambda done: done % plan.per_epoch == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,12 +124,13 @@ def test_every_row_builds(row, files):
     assert json.loads(json.dumps(built.config)) == built.config
 
 
+@pytest.mark.structure
 @pytest.mark.parametrize("row", KINDS, ids=told)
 def test_every_kind_of_row_takes_two_steps(row, files):
     experiment = build.experiment(tiny(row, files, evaluation=CHEAP))
     devices, plan = place("shard_map", choose_devices(1)), steps.plan_of(experiment)
     keys, method = steps.keys_of(0), experiment.method(plan)
-    variables = commands.drawn(experiment.network, SHAPE)
+    variables = drawn.of(experiment.network, SHAPE)
     state = devices.replicate(jax.jit(method.init)(variables))
     before = jax.tree.map(np.asarray, state.params)
     step = steps.make_step(experiment, method, plan, devices)
@@ -179,7 +181,7 @@ def test_the_attack_of_a_method_climbs_through_the_defence(method, files):
     # Away from the bounds, so that no sign of the gradient is lost by clipping.
     images = np.random.default_rng(1).uniform(0.2, 0.8, (6, *SHAPE)).astype(np.float32)
     batch = Batch(images, np.arange(6), np.arange(6), np.ones(6, bool))
-    variables = commands.drawn(built.network, SHAPE)
+    variables = drawn.of(built.network, SHAPE)
     state = {name: value for name, value in variables.items() if name != "params"}
     find = jax.jit(
         lambda params: built.objective.find(params, state, key, batch, None, 0)[0].images

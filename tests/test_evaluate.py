@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ def experiment_of(tmp_path: Path, **settings):
 @pytest.fixture(scope="module")
 def variables():
     """Untrained weights, of which some images are right and attacks have work to do."""
-    return commands.drawn(build.experiment(_plain()).network, (8, 8, 1), seed=6)
+    return drawn.of(build.experiment(_plain()).network, (8, 8, 1), seed=6)
 
 
 def _plain():
@@ -305,7 +306,7 @@ def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, m
         [("defence", dict(name="gaussian_noise", scale=0.2))],
     )
     experiment = build.experiment(whole)
-    loud = commands.drawn(experiment.network, (8, 8, 1), seed=6)
+    loud = drawn.of(experiment.network, (8, 8, 1), seed=6)
     evaluate.evaluate(experiment, loud, tmp_path, "untrained", 0)
     monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (loud, 0))
     recount.main(whole, tmp_path)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring, evaluate, journal, measure
+from experiments import build, cli, configuring, evaluate, journal, measure
 from experiments.workdir import read_config
 
+# At a radius at which images are left for every attack.
 STANDARD = [
-    "--config.evaluation.suite.name=standard",
+    "--config.threat.radius=0.02", "--config.evaluation.suite.name=standard",
     "--config.evaluation.suite.steps=4", "--config.evaluation.suite.targets=2",
     "--config.evaluation.suite.queries=12", "--config.evaluation.attacks.pgd40=None",
     "--config.evaluation.batch_size=8", "--config.evaluation.block=16",
@@ -30,11 +31,11 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, config):
-    """A run of a few steps, so that there is something to break; not evaluated as we want it."""
+    """A run of some steps, so that there is something to break; not evaluated as we want it."""
     folder = tmp_path_factory.mktemp("trained")
     commands.command(
         "train", f"--config={config}", f"--workdir={folder / 'run'}",
-        "--config.training.epochs=0.6", folder=folder, devices=2,
+        folder=folder, devices=2,
     )  # fmt: skip
     return folder / "run"
 
@@ -70,32 +71,35 @@ def uninterrupted(trained, tmp_path_factory):
     return run
 
 
-def blocks(run, title):
-    return sorted((run / journal.FOLDER).glob(f"{title}.*/*.npz"))
+# As soon as the column has its first block; there are more to come.
+KILLED = """
+import os, signal
+from experiments import journal
+write = journal.Pages.write
+def write_and_die(self, number, block):
+    write(self, number, block)
+    if self._folder.name.startswith("{title}."):
+        os.kill(os.getpid(), signal.SIGKILL)
+journal.Pages.write = write_and_die
+"""
 
 
 def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrupted, tmp_path):
     run = copy(trained, tmp_path)
-    kills = 0
+    given = "evaluate", f"--workdir={run}", *STANDARD
     for title in COLUMNS:
-        process = commands.start(
-            "evaluate", f"--workdir={run}", *STANDARD, folder=tmp_path, devices=2
-        )
-        # As soon as the column has its first block; there are more to come.
-        kills += commands.kill_when(process, lambda t=title: blocks(run, t), signal.SIGKILL)
-    commands.command("evaluate", f"--workdir={run}", *STANDARD, folder=tmp_path, devices=2)
-    assert kills >= len(COLUMNS) - 1  # the last column may be over before one looks
+        before = KILLED.format(title=title)
+        process = commands.start(*given, folder=tmp_path, devices=2, before=before)
+        commands.finish(process, tmp_path, code=-signal.SIGKILL)
+        assert len(sorted((run / journal.FOLDER).glob(f"{title}.*/*.npz"))) == 1
+    commands.command(*given, folder=tmp_path, devices=2)
     assert_same(run, uninterrupted)
 
 
 @pytest.fixture(scope="module")
 def experiment(uninterrupted):
     whole = configuring.changed(read_config(uninterrupted), [])
-    changes = [tuple(o.removeprefix("--config.").split("=")) for o in STANDARD]
-    plain = [(k, v if not v.isdigit() else int(v)) for k, v in changes if v != "None"]
-    return build.experiment(
-        configuring.changed(whole, [*plain, ("evaluation.attacks.pgd40", None)])
-    )
+    return build.experiment(configuring.changed(whole, cli.changes_of(STANDARD)))
 
 
 def variables_of(experiment):

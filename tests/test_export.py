@@ -5,7 +5,7 @@ import importlib.util
 import json
 from functools import cache
 
-import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ def needs(format):
 @cache
 def of(which):
     network = NETWORKS[which]
-    return network, commands.drawn(network, IMAGES.shape[1:])
+    return network, drawn.of(network, IMAGES.shape[1:])
 
 
 @pytest.mark.parametrize("which", NETWORKS)
@@ -62,7 +62,7 @@ def test_stablehlo_convolves_as_every_platform_does():
     needs("stablehlo")
     network = models.preact_resnet(4, depths=(1,), width=64)
     images = np.resize(IMAGES, (3, 16, 16, 3))
-    variables = commands.drawn(network, (16, 16, 3))
+    variables = drawn.of(network, (16, 16, 3))
     kernels = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(variables))
     here = jax.jit(export.function_of(network, variables)).lower(images).as_text()
     assert here.count("stablehlo.convolution") < kernels
@@ -149,7 +149,7 @@ def config(**start):
 
 def published(**more):
     """Random arrays by the names of kuangliu's pre-activation networks, and our variables."""
-    variables = commands.drawn(build.experiment(config()).network, (8, 8, 1))
+    variables = drawn.of(build.experiment(config()).network, (8, 8, 1))
     state = {"mu": np.array([0.3]), "sigma": np.array([0.5])}
 
     def add(name, params, stats):

@@ -3,6 +3,7 @@
 import json
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def experiment_of(tmp_path, **sections):
 
 
 def studied(experiment):
-    variables = commands.drawn(experiment.network, experiment.splits.train.shape)
+    variables = drawn.of(experiment.network, experiment.splits.train.shape)
     seen = frequencies.look(experiment, variables)
     return variables, seen, frequencies.described(seen)
 
@@ -79,7 +80,7 @@ def test_the_parts_of_rain_are_what_they_are_called(tmp_path):
     experiment = experiment_of(tmp_path, defence=RAIN)
     ways = frequencies.ways(experiment)
     image = np.random.default_rng(1).uniform(size=(8, 8, 1)).astype(np.float32)
-    variables = commands.drawn(experiment.network, image.shape)
+    variables = drawn.of(experiment.network, image.shape)
     keys = jax.random.split(jax.random.key(2), 60)
     grey = np.full((8, 8, 1), 0.25, np.float32)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +51,8 @@ def experiment_of(tmp_path, *changes, **sections):
     return build.experiment(configuring.changed({**whole, **sections}, changes))
 
 
-def drawn(experiment):
-    return commands.drawn(experiment.network, experiment.splits.train.shape)
+def weights(experiment):
+    return drawn.of(experiment.network, experiment.splits.train.shape)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_fixed_defence_meets_the_standard_suite_and_its_members_one_by_one(tmp
 def test_members_may_differ_in_a_whole_number(tmp_path):
     group = dict(key="defence.quality", values=(80.0, 20.0))
     experiment = experiment_of(tmp_path, defence=dict(name="jpeg"), ensemble=group)
-    tables = jax.tree.leaves(drawn(experiment)["frozen"])
+    tables = jax.tree.leaves(weights(experiment)["frozen"])
     assert any(np.shape(leaf)[-2:] == (8, 8) for leaf in tables)
     with pytest.raises(UsageError, match=r"quality=80\.5"):
         half = dict(key="defence.quality", values=(80.5, 20.0))
@@ -317,7 +318,7 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
         defence=defence,
         **more,
     )
-    row, _ = evaluate.evaluate(experiment, drawn(experiment), tmp_path, "untrained", 0)
+    row, _ = evaluate.evaluate(experiment, weights(experiment), tmp_path, "untrained", 0)
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(record["attacks"]) == set(experiment.looks)
     found = record["ladder"]
@@ -343,7 +344,7 @@ def climbed(before, tmp_path_factory):
         ("evaluation.ladder.sweep_draws", []),
         ("evaluation.ladder.without", others),
     )
-    variables = drawn(experiment)
+    variables = weights(experiment)
     evaluate.evaluate(experiment, variables, folder, "untrained", 0, finish=False)
     return experiment, variables, folder
 
@@ -411,7 +412,7 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
     def measured(*changes):
         experiment = experiment_of(tmp_path, *changes)
-        measure.measure(experiment, drawn(experiment), "untrained", tmp_path)
+        measure.measure(experiment, weights(experiment), "untrained", tmp_path)
 
     measured(("evaluation.ladder.without", spared))
     taken = []
@@ -435,7 +436,7 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
 def test_a_sweeps_cells_are_the_runs_of_their_own(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG)
-    variables = drawn(experiment)
+    variables = weights(experiment)
     of = defended.logits_fn_of(experiment.network)
     devices = place("shard_map", choose_devices(1))
     judge = evaluation.judging(of, evaluation.Rules(experiment.threat), devices, batch_size=10)
@@ -475,7 +476,7 @@ def test_stops_do_not_compile_again(tmp_path):
 
     begin, advance, _ = proof.stages(attack, seen)
     image = jnp.zeros((2, *experiment.splits.train.shape))
-    variables = drawn(experiment)
+    variables = weights(experiment)
     keys = jax.random.split(jax.random.key(0), 2)
     states = advance(variables, begin(variables, keys, image, jnp.zeros(2, int)), 1)
     before = len(traced)
@@ -552,7 +553,7 @@ def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
         tmp_path, defence=JPEG, ensemble=VOTE, start=dict(classifier=str(before))
     )
     devices = place("shard_map", choose_devices(1))
-    found = start.begun(experiment, drawn(experiment), devices)
+    found = start.begun(experiment, weights(experiment), devices)
     for m in range(2):
         jax.tree.map(
             lambda a, b, m=m: np.testing.assert_array_equal(np.asarray(a)[m], b),
@@ -565,10 +566,10 @@ def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
         tmp_path, ("network.widths", [4]), defence=JPEG, start=dict(classifier=str(before))
     )
     with pytest.raises(UsageError, match="of another network"):
-        start.begun(other, drawn(other), devices)
+        start.begun(other, weights(other), devices)
     nowhere = experiment_of(tmp_path, defence=JPEG, start=dict(classifier=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="expected the folder of a run"):
-        start.begun(nowhere, drawn(nowhere), devices)
+        start.begun(nowhere, weights(nowhere), devices)
 
 
 # --- Configs ----------------------------------------------------------------------------------
@@ -638,4 +639,4 @@ def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path)
     begun = [("evaluation.attacks.pgd40", None), *elsewhere]
     experiment = build.experiment(configuring.changed(scope["get_config"](), begun))
     with pytest.raises(build.UsageError, match="nowhere: expected the folder of a run"):
-        evaluate.evaluate(experiment, drawn(experiment), tmp_path, "untrained", 0)
+        evaluate.evaluate(experiment, weights(experiment), tmp_path, "untrained", 0)

@@ -1,6 +1,7 @@
 """What is loaded is what the config describes: trained weights behind the defence it names now."""
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def afresh(defence, trained, shape):
     """A defence as it has just been made, around a classifier that has been trained."""
     options = {key: value for key, value in NETWORK.items() if key != "name"}
     network = in_front(defence, models.cnn(10, **options))
-    made = commands.drawn(network, shape)
+    made = drawn.of(network, shape)
     whole = parts_of(made)
     return network, with_parts(made, {**whole, "classifier": parts_of(trained)["classifier"]})
 

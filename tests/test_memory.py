@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +42,7 @@ def limited(monkeypatch, name: str, fits: int) -> list[int]:
 @pytest.fixture(scope="module")
 def untrained():
     network = test_evaluate.build.experiment(test_evaluate._plain()).network
-    return commands.drawn(network, (8, 8, 1), seed=1)
+    return drawn.of(network, (8, 8, 1), seed=1)
 
 
 @pytest.mark.parametrize("name", ["packed", "judging"])

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +143,7 @@ def test_a_device_normalises_by_its_own_images_where_it_is_told_to(config, of):
     changes = [("parallel.statistics", of), ("network.batch_norm", True)]
     built, _ = rat.experiment(rat.changed(config, changes))
     images = np.random.default_rng(0).uniform(size=(2, 6, 8, 8, 1)).astype(np.float32)
-    variables = commands.drawn(built.network, (8, 8, 1))
+    variables = drawn.of(built.network, (8, 8, 1))
     params = variables.pop("params")
 
     @jax.jit

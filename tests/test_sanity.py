@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,7 +160,7 @@ def test_one_draw_for_a_whole_batch_is_not_refused():
 def test_a_model_in_training_mode_is_refused(experiment_of):
     experiment = experiment_of(None, ("network.batch_norm", True))
     network = experiment.network
-    variables = commands.drawn(network, IMAGES.shape[1:])
+    variables = drawn.of(network, IMAGES.shape[1:])
 
     def training(variables, images, train=False, axis_name=None, keys=None):
         return network.apply(variables, images, True, axis_name, keys)

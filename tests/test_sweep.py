@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +60,7 @@ def trained(tmp_path_factory) -> Path:
     experiment = build.experiment(base())
     method = experiment.method(plan_of(experiment))
     images, labels = experiment.splits.train.arrays
-    variables = commands.drawn(experiment.network, experiment.splits.train.shape)
+    variables = drawn.of(experiment.network, experiment.splits.train.shape)
 
     @jax.jit
     def learned(variables):
@@ -257,7 +258,7 @@ def test_fixed_collections_follow_the_settings_and_weights_stay():
     shape = (8, 8, 1)
     classifier = models.cnn(10, widths=(4,), hidden=16)
     low, high = (in_front(jpeg(quality=quality), classifier) for quality in (10, 90))
-    variables = commands.drawn(low, shape)
+    variables = drawn.of(low, shape)
     found = defended.followed(high, variables, shape)
     luma, chroma = standard_tables(90)
     tables = found["frozen"]["defence"]["tables"]

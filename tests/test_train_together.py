@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def walked(course: train.Course, states: list[Any]) -> Any:
 
 
 def begun(experiments: list[build.Experiment], plan: Any, devices: Any) -> list[Any]:
-    variables = [commands.drawn(e.network, (8, 8, 1), seed=e.seed) for e in experiments]
+    variables = [drawn.of(e.network, (8, 8, 1), seed=e.seed) for e in experiments]
     states = [jax.jit(e.method(plan).init)(v) for e, v in zip(experiments, variables, strict=True)]
     return [devices.replicate(state) for state in states]
 

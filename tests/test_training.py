@@ -4,7 +4,7 @@ import re
 from functools import cache, partial
 
 import chex
-import commands
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +36,7 @@ def method_of(average=None, sums="float32"):
     return training.minimise(objective, optimiser, average=average, sums=sums)
 
 
-VARIABLES = cache(partial(commands.drawn, NETWORK, (8, 8, 1)))
+VARIABLES = cache(partial(drawn.of, NETWORK, (8, 8, 1)))
 
 
 def fresh(method):
@@ -173,7 +173,7 @@ def test_padding_does_not_change_a_step():
     batch = next(batches(1))
     network = models.cnn(4, widths=(4, 8), hidden=16)
     method = training.minimise(methods.natural(network), optimisers.sgd(0.05))
-    state = jax.jit(method.init)(commands.drawn(network, (8, 8, 1)))
+    state = jax.jit(method.init)(drawn.of(network, (8, 8, 1)))
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf[:8]]), batch)
     padded = padded._replace(valid=np.arange(24) < 16)
     step = jax.jit(method.step)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_keys
 
 from rain_jax.attacks import carlini_wagner
 from rain_jax.checks import UsageError
@@ -22,7 +21,7 @@ WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
 MIDDLE = np.full(SHAPE, 0.5, np.float32)
 HALF = (np.arange(72) < 36).reshape(SHAPE)
 ASIDE = DRAW.random(SHAPE) < 0.3
-KEY = quick_keys.key(0)
+KEY = jax.random.key(0)
 # Black and white pixels alone.
 EXTREME = np.float32(DRAW.random(SHAPE) < 0.5)
 NORMS = pytest.mark.parametrize("norm", [l2, linf], ids=["l2", "linf"])

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_keys
 
 from rain_jax.attacks import deepfool
 from rain_jax.attacks.deepfool import nearest_boundary
@@ -23,7 +22,7 @@ DRAW = np.random.default_rng(1)
 WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
 WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
 MIDDLE = np.full(SHAPE, 0.5, np.float32)
-KEY = quick_keys.key(0)
+KEY = jax.random.key(0)
 NEVER = -1e6  # the level of a class that no change of the image brings up
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_keys
 
 from rain_jax.attacks import fab, fab_t
 from rain_jax.attacks.fab import along_boundary
@@ -22,7 +21,7 @@ DRAW = np.random.default_rng(1)
 WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
 WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
 MIDDLE = np.full(SHAPE, 0.5, np.float32)
-KEY = quick_keys.key(0)
+KEY = jax.random.key(0)
 
 
 def plane(key, image):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_keys
 
 from rain_jax.attacks import ddn, fmn
 from rain_jax.checks import UsageError
@@ -21,7 +20,7 @@ WEIGHT = DRAW.normal(size=SHAPE).astype(np.float32)
 WEIGHTS = DRAW.normal(size=(72, 5)).astype(np.float32)
 MIDDLE = np.full(SHAPE, 0.5, np.float32)
 HALF = (np.arange(72) < 36).reshape(SHAPE)
-KEY = quick_keys.key(0)
+KEY = jax.random.key(0)
 EACH = pytest.mark.parametrize(
     ("maker", "norm"),
     [(fmn, linf), (fmn, l2), (fmn, l1), (ddn, l2)],

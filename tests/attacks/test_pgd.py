@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import quick_keys
 
 from rain_jax.attacks import fgsm, mi_fgsm, multi_targeted, pgd
 from rain_jax.attacks.pgd import ascent, wrong_classes
@@ -366,7 +365,7 @@ def test_a_scan_and_not_an_unrolled_loop():
 
     def size(steps):
         attack = pgd(Threat(linf, 0.1), steps=steps)
-        return len(str(jax.make_jaxpr(lambda k: attack(k, plane, IMAGE, 0))(quick_keys.key(0))))
+        return len(str(jax.make_jaxpr(lambda k: attack(k, plane, IMAGE, 0))(jax.random.key(0))))
 
     assert size(100) < size(3) * 1.1
 

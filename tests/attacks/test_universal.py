@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick_keys
 
 from rain_jax.attacks.universal import apply, boundary_first, tup, uap
 from rain_jax.checks import UsageError
@@ -18,7 +17,7 @@ SHAPE, CLASSES, TARGET = (6, 5, 2), 5, 2
 DRAW = np.random.default_rng(1)
 IMAGES, UNSEEN = DRAW.random((2, 80, *SHAPE), np.float32)
 WEIGHTS = DRAW.normal(size=(*SHAPE, CLASSES)).astype(np.float32)
-KEY = quick_keys.key(0)
+KEY = jax.random.key(0)
 RADIUS = {id(linf): 0.15, id(l2): 1.0}
 KINDS = pytest.mark.parametrize(
     ("maker", "generator", "norm"),
@@ -147,7 +146,7 @@ def test_more_passes_are_never_worse(maker, generator, norm):
 @KINDS
 def test_one_answer_for_each_key(maker, generator, norm):
     one, again, other = (
-        search(maker, generator, norm, key=quick_keys.key(seed), radius=0.05, passes=2)
+        search(maker, generator, norm, key=jax.random.key(seed), radius=0.05, passes=2)
         for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(one.perturbation, again.perturbation)

@@ -20,7 +20,7 @@ from rain_jax.types import Defence
 
 IMAGE = np.random.default_rng(3).uniform(size=(4, 4, 1)).astype(np.float32)
 KEY = jax.random.key(0)
-KEYS = jax.random.wrap_key_data(np.random.default_rng(4).integers(2**32, size=(12, 2), dtype="u4"))
+KEYS = drawn.keys(4, 12)
 
 
 def scale(factor, **more):

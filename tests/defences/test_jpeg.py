@@ -3,6 +3,7 @@
 import io
 from functools import cache, partial
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -237,9 +238,7 @@ def test_blocks_draw_alike_and_apart():
     image = noise((20, 24, 3))  # as above, and four of its blocks
     defence = shield(qualities=(90, 10))
     variables = made(defence)
-    # By key: draws for many at once take twice as long to compile.
-    data = np.random.default_rng(0).integers(2**32, size=(600, 2), dtype=np.uint32)
-    keys = [jax.random.wrap_key_data(one) for one in data]
+    keys = drawn.keys(0, 600)
     four = np.s_[..., :16, :16, :]
     draws = np.stack([applied(defence.apply, variables, key, image)[four] for key in keys])
     mean = np.asarray(applied(defence.surrogates["mean"], variables, KEY, image))[four]

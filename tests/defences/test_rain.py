@@ -29,11 +29,7 @@ BRIGHT = Upscaler(
 )
 EDSR = drawn.instead(edsr(blocks=1, width=4))
 IMAGE = np.random.default_rng(7).uniform(size=(48, 44, 3)).astype(np.float32)
-# One by one, not under a `vmap`: generators for many keys at once take twice as long to compile.
-KEYS = [
-    jax.random.wrap_key_data(data)
-    for data in np.random.default_rng(3).integers(2**32, size=(256, 2), dtype=np.uint32)
-]
+KEYS = drawn.keys(3, 256)
 
 
 @cache
@@ -114,7 +110,7 @@ def test_the_published_reach_in_pixels(height, most):
 
 def test_the_same_key_the_same_image_and_each_key_its_own():
     one = program(reach=0.1)
-    together = jax.jit(jax.vmap(one))(jnp.stack(KEYS[:2]), np.stack([IMAGE, IMAGE]))
+    together = jax.jit(jax.vmap(one))(KEYS[:2], np.stack([IMAGE, IMAGE]))
     out = np.asarray(together)
     assert np.any(out[0] != out[1])
     np.testing.assert_array_equal(one(KEYS[1], IMAGE), out[1])

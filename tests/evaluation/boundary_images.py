@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import commands
+import drawn
 import jax
 import numpy as np
 
@@ -25,7 +25,7 @@ ANYWHERE = evaluation.Rules(Threat(linf, 1.0))
 
 def weights() -> Any:
     """Weights by NumPy: JAX draws normal numbers that depend on the instruction set."""
-    return commands.drawn(NETWORK, SHAPE, seed=1)
+    return drawn.of(NETWORK, SHAPE, seed=1)
 
 
 def on_the_boundary(count: int) -> tuple[np.ndarray, np.ndarray]:

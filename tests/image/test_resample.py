@@ -1,6 +1,7 @@
 """Halving and resizing against other people's code, exact averages and counts."""
 
 import chex
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +31,8 @@ def windows(image):
 
 
 def test_a_pick_is_one_of_its_window_uniformly_and_the_mean_is_its_expectation():
-    # By key: draws for many at once take twice as long to compile.
-    data = np.random.default_rng(2).integers(2**32, size=(4000, 2), dtype=np.uint32)
-    pick = jax.jit(lambda data: ops.random_pick(jax.random.wrap_key_data(data), IMAGE))
-    picks = np.stack([pick(one) for one in data])
+    pick = jax.jit(jax.vmap(lambda key: ops.random_pick(key, IMAGE)))
+    picks = np.asarray(pick(drawn.keys(2, 4000)))
     which = picks[..., None] == windows(IMAGE)
     assert np.all(which.sum(-1) == 1)
     # Within 5 standard deviations, of each of 144 shares and of the expectation.

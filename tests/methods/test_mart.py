@@ -39,7 +39,7 @@ def test_finite_where_the_network_is_certain():
     for table in tables.values():
         table[:3, 0] = 200.0  # label 0 is right, labels 1 and 2 are wrong
     objective = methods.mart(by_hand.TABLE, by_hand.lighten)
-    (loss, _), gradient = jax.value_and_grad(objective, has_aux=True)(
+    (loss, _), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(
         by_hand.f32(tables), by_hand.TRAIL, jax.random.key(0), by_hand.ROWS
     )
     assert np.isfinite(loss)

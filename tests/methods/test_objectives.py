@@ -1,5 +1,7 @@
 """Laws of every training method, and natural and adversarial training themselves."""
 
+import functools
+
 import by_hand
 import chex
 import jax
@@ -19,11 +21,11 @@ from rain_jax.norms import linf
 from rain_jax.parallel import choose_devices, place, psum
 from rain_jax.types import Batch, Threat
 
-NETWORK = models.cnn(3, widths=(4, 4), hidden=8, batch_norm=True)
+NETWORK = models.cnn(3, widths=(4,), hidden=4, batch_norm=True)
 THREAT = Threat(linf, 0.1)
 PGD = attacks.pgd(THREAT, steps=3, keep="last")
 # What only the command of RAT makes: a pattern for each class.
-PATTERNS = 0.1 * jnp.sign(jax.random.normal(jax.random.key(5), (3, 8, 8, 1)))
+PATTERNS = jnp.asarray(0.1 * np.sign(np.random.default_rng(5).normal(size=(3, 8, 8, 1))), "f4")
 
 
 def carried(objective):
@@ -55,17 +57,43 @@ ALL = pytest.mark.parametrize("name", methods.__all__)
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    key = jax.random.key(7)
-    image = jax.random.uniform(key, (16, 8, 8, 1))
-    return Batch(image, jnp.arange(16) % 3, 100 + jnp.arange(16), jnp.ones(16, bool))
+    places = np.arange(16, dtype=np.int32)
+    image = np.random.default_rng(7).random((16, 8, 8, 1), np.float32)
+    whole = Batch(image, places % 3, 100 + places, np.ones(16, bool))
+    return jax.tree.map(jnp.asarray, whole)
 
 
 @pytest.fixture(scope="module")
 def parts(batch):
-    variables = NETWORK.init(jax.random.key(0), batch.image)
-    # Running averages away from their start, so that evaluation mode differs from training mode.
-    _, state = NETWORK.apply(variables, batch.image, train=True)
-    return variables["params"], state
+    @jax.jit
+    def begun(key):
+        variables = NETWORK.init(key, batch.image)
+        # Running averages away from their start, so that evaluation differs from training mode.
+        return variables["params"], NETWORK.apply(variables, batch.image, train=True)[1]
+
+    return begun(jax.random.key(0))
+
+
+@functools.cache
+def program(name):
+    """Loss, state and metrics, and the gradient."""
+    return jax.jit(jax.value_and_grad(SMALL[name](), has_aux=True))
+
+
+@functools.cache
+def attacking(mode, attack=PGD):
+    """Images and state after the attack."""
+    return jax.jit(
+        lambda params, state, key, batch: attack_batch(
+            NETWORK, attack, params, state, key, batch, batch_norm=mode
+        )
+    )
+
+
+@jax.jit
+def trained(params, state, images):
+    """Logits and state in training mode."""
+    return NETWORK.apply({"params": params, **state}, images, train=True)
 
 
 def test_every_method_is_listed():
@@ -78,9 +106,9 @@ def test_padding_weighs_nothing(name, batch, parts, key):
 
     Without batch normalisation, whose statistics are the batch's: training batches are full.
     """
-    network = models.cnn(3, widths=(4, 4), hidden=8)
-    parts = network.init(jax.random.key(0), batch.image)["params"], {}
-    objective = SMALL[name](network)
+    network = models.cnn(3, widths=(4,), hidden=4)
+    parts = jax.jit(network.init)(jax.random.key(0), batch.image)["params"], {}
+    objective = jax.jit(SMALL[name](network))
     half = batch._replace(valid=jnp.arange(16) < 8)
     other = half._replace(label=jnp.where(half.valid, half.label, (half.label + 1) % 3))
     a, (_, metrics_a) = objective(*parts, key, half)
@@ -91,28 +119,23 @@ def test_padding_weighs_nothing(name, batch, parts, key):
 
 @ALL
 def test_same_key_same_bits_and_jit_agrees(name, batch, parts, key):
-    objective = SMALL[name]()
-    a, _ = jax.jit(objective)(*parts, key, batch)
-    np.testing.assert_array_equal(a, jax.jit(objective)(*parts, key, batch)[0])
-    np.testing.assert_allclose(a, objective(*parts, key, batch)[0], rtol=1e-4)
+    (a, _), _ = program(name)(*parts, key, batch)
+    np.testing.assert_array_equal(a, program(name)(*parts, key, batch)[0][0])
+    np.testing.assert_allclose(a, SMALL[name]()(*parts, key, batch)[0], rtol=1e-4)
 
 
 @ALL
 def test_gradient_is_finite_and_reaches_every_parameter(name, batch, parts, key):
-    params, state = parts
-    gradient, _ = jax.grad(SMALL[name](), has_aux=True)(params, state, key, batch)
-    for leaf in jax.tree.leaves(gradient):
-        assert bool(jnp.all(jnp.isfinite(leaf)))
-    assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in jax.tree.leaves(gradient))
+    _, gradient = program(name)(*parts, key, batch)
+    for leaf in map(np.asarray, jax.tree.leaves(gradient)):
+        assert np.all(np.isfinite(leaf))
+        assert np.max(np.abs(leaf)) > 0
 
 
 @ALL
-def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, key):
+def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, parts, key):
     """Batch statistics, attacks and penalties are those of the whole batch."""
-    network = models.cnn(3, widths=(4,), hidden=4, batch_norm=True)
-    variables = network.init(jax.random.key(0), batch.image)
-    params = variables.pop("params")
-    objective = SMALL[name](network)
+    objective = SMALL[name]()
 
     def told(params, state, batch, axis_name):
         value = jax.value_and_grad(objective, has_aux=True)
@@ -120,17 +143,15 @@ def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, key):
         return *psum((loss, metrics, gradient), axis_name), state
 
     devices = place("shard_map", choose_devices(2))
-    program = devices.map(told, inputs=(False, False, True), outputs=(False,) * 4)
-    loss, metrics, gradient, after = program(
-        *devices.replicate((params, variables)), devices.split(batch)
+    two = devices.map(told, inputs=(False, False, True), outputs=(False,) * 4)
+    loss, metrics, gradient, after = jax.device_get(
+        two(*devices.replicate(parts), devices.split(batch))
     )
-    alone = jax.jit(told, static_argnums=3)(params, variables, batch, None)
-    np.testing.assert_allclose(loss, alone[0], rtol=1e-4)
-    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(alone[1]), rtol=1e-4)
-    chex.assert_trees_all_close(
-        jax.device_get(gradient), jax.device_get(alone[2]), rtol=1e-3, atol=1e-3
-    )
-    chex.assert_trees_all_close(jax.device_get(after), jax.device_get(alone[3]), rtol=1e-4)
+    (one, (state, sums)), slope = jax.device_get(program(name)(*parts, key, batch))
+    np.testing.assert_allclose(loss, one, rtol=1e-4)
+    chex.assert_trees_all_close(metrics, sums, rtol=1e-4)
+    chex.assert_trees_all_close(gradient, slope, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(after, state, rtol=1e-4)
 
 
 # All that climb a gradient, AWP around one of them, and FAT without noise, which is no climbing.
@@ -153,9 +174,11 @@ def attacked(found):
 def defended(batch):
     """A linear network behind a random defence, its variables, and labels that it gets right.
 
-    The defence keeps the odd rows and columns, at a random place on grey, mirrored or not.
+    The defence keeps the odd rows and columns, at a random place on grey, mirrored or not. One
+    class is ahead of the others, wherever that is.
     """
-    draw = lambda key, images: 0.3 * jax.random.normal(key, (images[0].size, 3))
+    ahead = jnp.array([[0.2, 0.0, -0.2]])
+    draw = lambda key, images: 0.3 * jax.random.normal(key, (images[0].size, 3)) + ahead
     linear = by_hand.LINEAR._replace(
         init=lambda key, images: {"params": {"weight": draw(key, images)}}
     )
@@ -168,7 +191,7 @@ def defended(batch):
         keys = jax.random.split(key, len(batch.image))
         return variables, network.apply(variables, batch.image, keys=keys)[0]
 
-    variables, logits = made(jax.random.key(0))
+    variables, logits = made(jax.random.key(3))
     # SENSE and FAT leave images alone that are misclassified to begin with.
     return network, variables, batch._replace(label=jnp.argmax(logits, -1))
 
@@ -189,79 +212,83 @@ def test_an_attack_climbs_through_a_random_defence_and_the_method_learns(name, d
     params = variables["params"]
     images, told = step(params)
     # Weights of zero have no gradient either: there the attack ends where it began.
-    began, _ = step(jax.tree.map(jnp.zeros_like, params))
+    began, _ = step(jax.tree.map(np.zeros_like, params))
     moved = np.abs(images - began) > 1e-6
     kept = np.zeros(moved.shape, bool)
     kept[:, 1::2, 1::2] = True
     assert not np.any(moved & ~kept)
     assert np.mean(moved[kept]) > 0.8
     (loss, _), gradient = told
-    assert bool(jnp.isfinite(loss))
+    assert np.isfinite(loss)
     slope = np.asarray(gradient["classifier"]["weight"])
     assert np.all(np.isfinite(slope))
     assert np.all(np.any(slope != 0, axis=0))
 
 
 def test_natural_is_the_sum_of_cross_entropies(batch, parts, key):
-    params, state = parts
-    loss, (after, metrics) = methods.natural(NETWORK)(params, state, key, batch)
-    logits, expected = NETWORK.apply({"params": params, **state}, batch.image, train=True)
-    log_p = jax.nn.log_softmax(logits)
-    np.testing.assert_allclose(loss, -jnp.sum(log_p[jnp.arange(16), batch.label]), rtol=1e-5)
-    assert metrics["correct"] == jnp.sum(jnp.argmax(logits, -1) == batch.label)
+
+    @jax.jit
+    def both(params, state, batch):
+        told = methods.natural(NETWORK)(params, state, key, batch)
+        return told, NETWORK.apply({"params": params, **state}, batch.image, train=True)
+
+    (loss, (after, metrics)), (logits, expected) = both(*parts, batch)
+    log_p = by_hand.log_softmax(np.float64(logits))
+    np.testing.assert_allclose(loss, -np.sum(log_p[np.arange(16), batch.label]), rtol=1e-5)
+    assert metrics["correct"] == np.sum(np.argmax(logits, -1) == batch.label)
     chex.assert_trees_all_equal(after, expected)
 
 
 def test_label_smoothing_mixes_in_the_uniform(batch, parts, key):
-    params, state = parts
-    loss, _ = methods.natural(NETWORK, label_smoothing=0.3)(params, state, key, batch)
-    logits, _ = NETWORK.apply({"params": params, **state}, batch.image, train=True)
-    log_p = jax.nn.log_softmax(logits)
-    target = 0.7 * jax.nn.one_hot(batch.label, 3) + 0.1
-    np.testing.assert_allclose(loss, -jnp.sum(target * log_p), rtol=1e-5)
+    objective = methods.natural(NETWORK, label_smoothing=0.3)
+    loss, _ = jax.jit(objective)(*parts, key, batch)
+    log_p = by_hand.log_softmax(np.float64(trained(*parts, batch.image)[0]))
+    target = 0.7 * np.eye(3)[batch.label] + 0.1
+    np.testing.assert_allclose(loss, -np.sum(target * log_p), rtol=1e-5)
 
 
 def test_adversarial_with_radius_zero_is_natural(batch, parts, key):
     attack = attacks.pgd(Threat(linf, 0.0), steps=2, keep="last")
-    a, _ = methods.adversarial(NETWORK, attack)(*parts, key, batch)
-    b, _ = methods.natural(NETWORK)(*parts, key, batch)
+    a, _ = jax.jit(methods.adversarial(NETWORK, attack))(*parts, key, batch)
+    (b, _), _ = program("natural")(*parts, key, batch)
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_adversarial_images_are_those_of_the_attack_alone(batch, parts, key):
     """What training sees of an image is what the attack finds for it with the same key."""
-    params, state = parts
-    images, _ = attack_batch(NETWORK, PGD, params, state, key, batch)
+    images, _ = attacking("eval")(*parts, key, batch)
 
-    def logits_fn(key, image):
-        return NETWORK.apply({"params": params, **state}, image[None])[0][0]
+    @jax.jit
+    def alone(params, state, key, image, label):
+        def logits_fn(key, image):
+            return NETWORK.apply({"params": params, **state}, image[None])[0][0]
+
+        return PGD(key, logits_fn, image, label)
 
     for row in (0, 5):
-        alone = PGD(
-            jax.random.fold_in(key, batch.index[row]), logits_fn,
-            batch.image[row], batch.label[row],
-        )  # fmt: skip
-        np.testing.assert_allclose(images[row], alone, atol=1e-6)
+        own = jax.random.fold_in(key, batch.index[row])
+        found = alone(*parts, own, batch.image[row], batch.label[row])
+        np.testing.assert_allclose(images[row], found, atol=1e-6)
 
 
 def test_eval_mode_leaves_images_independent_and_batch_mode_does_not(batch, parts, key):
-    params, state = parts
-    changed = batch._replace(image=batch.image.at[1:].set(1 - batch.image[1:]))
+    image = np.array(batch.image)
+    image[1:] = 1 - image[1:]
+    changed = batch._replace(image=jnp.asarray(image))
     for mode, same in (("eval", True), ("batch", False), ("train", False)):
         first, second = (
-            attack_batch(NETWORK, PGD, params, state, key, b, batch_norm=mode)[0][0]
-            for b in (batch, changed)
+            np.asarray(attacking(mode)(*parts, key, b)[0])[0] for b in (batch, changed)
         )
-        assert bool(jnp.allclose(first, second, atol=1e-6)) == same, mode
+        assert np.allclose(first, second, atol=1e-6) == same, mode
 
 
 def test_only_train_mode_moves_the_running_averages(batch, parts, key):
-    params, state = parts
+    _, state = parts
     for mode in ("eval", "batch"):
-        _, after = attack_batch(NETWORK, PGD, params, state, key, batch, batch_norm=mode)
+        _, after = attacking(mode)(*parts, key, batch)
         chex.assert_trees_all_equal(after, state)
-    _, after = attack_batch(NETWORK, PGD, params, state, key, batch, batch_norm="train")
-    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), after, state)
+    _, after = attacking("train")(*parts, key, batch)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b))), after, state)
     assert max(jax.tree.leaves(moved)) > 0
 
 
@@ -271,26 +298,32 @@ def test_train_mode_averages_follow_the_images_visited(estimator, batch, parts, 
     params, state = parts
     attack = attacks.pgd(THREAT, steps=3, estimator=estimator)
     assert attack.once == (estimator is None)
-    _, after = attack_batch(NETWORK, attack, params, state, key, batch, batch_norm="train")
+    _, after = attacking("train", attack)(params, state, key, batch)
 
-    def logits(images):
-        return NETWORK.apply({"params": params, **state}, images, train=True)[0]
+    @jax.jit
+    def starts(key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
+        never = lambda key, image: jnp.zeros(3)
+        return jax.vmap(lambda k, x, y: PGD.init(k, never, x, y).image)(
+            keys, batch.image, batch.label
+        )
 
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
-    never = lambda key, image: jnp.zeros(3)
-    images = jax.vmap(lambda k, x, y: PGD.init(k, never, x, y))(
-        keys, batch.image, batch.label
-    ).image
-    expected = state
-    for _ in range(3):
-        _, expected = NETWORK.apply({"params": params, **expected}, images, train=True)
+    @jax.jit
+    def visited(averages, images):
+        """The averages when the images have been seen, and the next ones."""
 
         def loss(images):
-            log_p = jax.nn.log_softmax(logits(images))
-            return -jnp.sum(log_p[jnp.arange(16), batch.label])
+            logits, _ = NETWORK.apply({"params": params, **state}, images, train=True)
+            return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(16), batch.label])
 
+        _, averages = NETWORK.apply({"params": params, **averages}, images, train=True)
         step = 2.5 * 0.1 / 3 * jnp.sign(jax.grad(loss)(images))
-        images = jnp.clip(batch.image + jnp.clip(images + step - batch.image, -0.1, 0.1), 0, 1)
+        moved = batch.image + jnp.clip(images + step - batch.image, -0.1, 0.1)
+        return averages, jnp.clip(moved, 0, 1)
+
+    expected, images = state, starts(key)
+    for _ in range(3):
+        expected, images = visited(expected, images)
     chex.assert_trees_all_close(after, expected, rtol=1e-4, atol=1e-5)
 
 

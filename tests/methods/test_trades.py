@@ -38,7 +38,7 @@ def test_loss_and_gradient_are_the_equations(beta, smoothing):
 def test_beta_zero_is_natural_training():
     params = by_hand.f32(by_hand.TABLES)
     found = [
-        jax.value_and_grad(objective, has_aux=True)(
+        jax.jit(jax.value_and_grad(objective, has_aux=True))(
             params, by_hand.TRAIL, jax.random.key(0), by_hand.ROWS
         )
         for objective in (
