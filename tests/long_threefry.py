@@ -1,4 +1,4 @@
-"""What Threefry costs with its rounds in a loop, as JAX compiles it for CPUs, and written out.
+"""What Threefry costs as JAX compiles it for CPUs, and with its rounds written out.
 
 python tests/long_threefry.py [FILE.json]
 
