@@ -14,7 +14,7 @@ CONSTRAINTS := constraints/py$(VERSION).txt
 RUN := $(VENV)/bin/python
 
 ISA ?= SSE4_2 AVX AVX2 AVX512
-FAST := tests/attacks/test_laws.py tests/test_layout.py tests/test_losses.py tests/test_norms.py \
+LAWS := tests/attacks/test_laws.py tests/test_layout.py tests/test_losses.py tests/test_norms.py \
     tests/test_defences_bad_inputs.py tests/test_training.py
 TESTS := -m pytest -n 2 --dist worksteal
 
@@ -29,14 +29,14 @@ test: $(VENV)/.installed
 	COMPILE=fast $(RUN) $(TESTS) -m structure
 
 test-fast: $(VENV)/.installed
-	$(RUN) $(TESTS) -m "not structure" $(FAST)
+	$(RUN) $(TESTS) -m "not structure" $(LAWS)
 
 test-isa: $(VENV)/.installed
 	@for isa in $(ISA); do echo "--- $$isa"; \
 	    XLA_FLAGS="--xla_cpu_max_isa=$$isa" $(RUN) $(TESTS) -m "not structure" || failed=yes; \
 	done; test -z "$$failed"
 
-# PyTorch by itself and first: with its CPU build in place nothing asks for another.
+# PyTorch by itself and first, so that nothing else decides which of its builds it is.
 extras: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \

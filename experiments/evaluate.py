@@ -97,7 +97,7 @@ def evaluate(
     if near := record.near_boundary(measured):
         notes += (
             f"{near:,} of {len(clean.index):,} images were judged within rounding of the decision "
-            "boundary: another kind of machine may judge these otherwise, and no others",
+            "boundary: another kind of machine may judge these same images otherwise",
         )
     failed = [check for check in checks or () if not check.passed]
     notes += tuple(check.flag() for check in failed)

@@ -94,6 +94,7 @@ class Journal:
             "title": title,
             "code": code(),
             "jax": jax.__version__,
+            "generator": jax.config.values["jax_default_prng_impl"],
             "devices": [devices[0].platform, devices[0].device_kind, len(devices)],
         }
         if self.folder is None:

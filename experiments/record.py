@@ -114,7 +114,7 @@ def described(
         "worst_case": {
             **[v for title, v in stands.items() if title not in measured.checks][-1],
             **_over_draws(experiment, measured.worst),
-            # On another kind of machine these verdicts may come out otherwise, and no others.
+            # On another kind of machine verdicts on the same images may differ for these.
             "near_boundary": near_boundary(measured),
         },
         "distances": {

@@ -1,5 +1,6 @@
 """Typed keys among other leaves, and what they are made of."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -23,32 +24,33 @@ def key_like(like: Any, numbers: jax.Array) -> jax.Array:
 
 
 def unroll_threefry() -> bool:
-    """Has this process compile Threefry, JAX's usual generator, otherwise for CPUs; same bits.
+    """Makes this process compile Threefry for CPUs without JAX's loop over rounds; same bits.
 
-    There JAX keeps its rounds in a loop of five turns. Written out in a loop of one turn they
-    compile in 0.3 to 0.8 of the time, an attack in 0.6 to 0.8, and run faster (docs/cpu.md). With
-    no loop at all the rounds would be computed again wherever their bits are used. JAX has no
-    public switch for this, so a version that keeps its rules elsewhere is left as it is: then this
-    returns False.
+    JAX keeps the rounds of its usual generator in a loop of five turns there. Written out in a loop
+    of one turn they compile sooner and run faster, and so do attacks (docs/cpu.md has the numbers).
+    With no loop at all they would be computed again wherever their bits are used. JAX has no public
+    switch for this: a version whose inner parts are others is left as it is, and this returns
+    False.
     """
     try:
         from jax._src.interpreters import mlir
         from jax._src.random import threefry2x32 as threefry
 
         rounds = partial(threefry._threefry2x32_lowering, use_rolled_loops=False)
-    except (ImportError, AttributeError):
+        inspect.signature(threefry._threefry2x32_lowering).bind(0, 0, 0, 0, use_rolled_loops=False)
+
+        def lowering(key1: jax.Array, key2: jax.Array, x1: jax.Array, x2: jax.Array) -> Any:
+            shape = jnp.broadcast_shapes(key1.shape, x1.shape)
+
+            def turn(_: jax.Array, words: Any) -> Any:
+                return [jnp.broadcast_to(word, shape) for word in rounds(key1, key2, x1, x2)]
+
+            # XLA would do without a loop of which it knows that it has one turn.
+            once = jax.lax.optimization_barrier(jnp.int32(1))
+            return jax.lax.fori_loop(0, once, turn, [jnp.zeros(shape, jnp.uint32)] * 2)
+
+        rule = mlir.lower_fun(lowering, multiple_results=True)
+        mlir.register_lowering(threefry.threefry2x32_p, rule, platform="cpu")
+    except (ImportError, AttributeError, TypeError):
         return False
-
-    def lowering(key1: jax.Array, key2: jax.Array, x1: jax.Array, x2: jax.Array) -> Any:
-        shape = jnp.broadcast_shapes(key1.shape, x1.shape)
-
-        def turn(_: jax.Array, words: Any) -> Any:
-            return [jnp.broadcast_to(word, shape) for word in rounds(key1, key2, x1, x2)]
-
-        # XLA would do without a loop of which it knows that it has one turn.
-        once = jax.lax.optimization_barrier(jnp.int32(1))
-        return jax.lax.fori_loop(0, once, turn, [jnp.zeros(shape, jnp.uint32)] * 2)
-
-    rule = mlir.lower_fun(lowering, multiple_results=True)
-    mlir.register_lowering(threefry.threefry2x32_p, rule, platform="cpu")
     return True

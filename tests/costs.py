@@ -1,7 +1,8 @@
-"""What the tests cost, and why: `pytest -p costs --costs=FILE` writes a line of JSON for each.
+"""What the tests cost, and why: `pytest -p costs --costs=FILE` adds a line of JSON for each.
 
-`python tests/costs.py FILE..` prints the tests and the files that cost most: seconds of CPU time,
-how many of them went into tracing and compiling, and how many programs that was.
+With `-n 2` the files are FILEgw0 and FILEgw1. `python tests/costs.py FILE..` prints the tests and
+the test files that cost most: seconds of CPU time, how many of them went into tracing and
+compiling, and how many programs that was; what came from the compilation cache counts as one, too.
 """
 
 import json

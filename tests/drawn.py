@@ -48,12 +48,12 @@ def variables(init: Callable[..., Any], *arguments: Any, seed: int = 0) -> Any:
 
 
 def of(network: Network, shape: tuple[int, ...], seed: int = 0) -> Variables:
-    """Those of a network for images of a shape [H, W, C]."""
+    """Variables of a network for images of a shape [H, W, C], kernels drawn by NumPy."""
     return variables(network.init, jax.random.key(0), np.zeros((1, *shape), np.float32), seed=seed)
 
 
 def instead(made: Any, seed: int = 0) -> Any:
-    """A network or an upscaler whose `init` draws like that; the key does not matter to it."""
+    """A network or an upscaler whose `init` is `variables`; the key does not matter to it."""
     return made._replace(init=lambda *arguments: variables(made.init, *arguments, seed=seed))
 
 

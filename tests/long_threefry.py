@@ -97,6 +97,7 @@ def main(path: str | None = None) -> None:
                 flush=True,
             )
         found[name] = row
+    assert all(row["same"] == 1 for row in found.values()), "the bits are not the same"
     if path is not None:
         Path(path).write_text(json.dumps({"jax": jax.__version__, "rows": found}, indent=1) + "\n")
 

@@ -124,7 +124,6 @@ def test_every_row_builds(row, files):
     assert json.loads(json.dumps(built.config)) == built.config
 
 
-@pytest.mark.structure
 @pytest.mark.parametrize("row", KINDS, ids=told)
 def test_every_kind_of_row_takes_two_steps(row, files):
     experiment = build.experiment(tiny(row, files, evaluation=CHEAP))

@@ -306,9 +306,9 @@ def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, m
         [("defence", dict(name="gaussian_noise", scale=0.2))],
     )
     experiment = build.experiment(whole)
-    loud = drawn.of(experiment.network, (8, 8, 1), seed=6)
-    evaluate.evaluate(experiment, loud, tmp_path, "untrained", 0)
-    monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (loud, 0))
+    weights = drawn.of(experiment.network, (8, 8, 1), seed=6)
+    evaluate.evaluate(experiment, weights, tmp_path, "untrained", 0)
+    monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (weights, 0))
     recount.main(whole, tmp_path)
     path = tmp_path / "evaluation.json"
     record = json.loads(path.read_text())

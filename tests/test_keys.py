@@ -1,10 +1,11 @@
 """Keys, and how their generator is compiled."""
 
+import importlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
+import pytest
 
 from rain_jax.keys import unroll_threefry
 
@@ -38,7 +39,21 @@ def test_threefry_written_out_has_the_same_bits():
     assert rolled == unrolled
 
 
-def test_a_jax_that_keeps_its_rules_elsewhere_is_left_alone(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax._src.random.threefry2x32", None)
-    monkeypatch.delattr(jax._src.random, "threefry2x32", raising=False)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("random.threefry2x32", "_threefry2x32_lowering"),
+        ("random.threefry2x32", "threefry2x32_p"),
+        ("interpreters.mlir", "lower_fun"),
+        ("interpreters.mlir", "register_lowering"),
+    ],
+)
+def test_a_jax_whose_inner_parts_are_others_is_left_alone(module, name, monkeypatch):
+    monkeypatch.delattr(importlib.import_module(f"jax._src.{module}"), name)
+    assert not unroll_threefry()
+
+
+def test_so_is_one_whose_inner_parts_take_other_arguments(monkeypatch):
+    module = importlib.import_module("jax._src.random.threefry2x32")
+    monkeypatch.setattr(module, "_threefry2x32_lowering", lambda key1, key2, x1, x2: (x1, x2))
     assert not unroll_threefry()

@@ -7,7 +7,8 @@ whose shape never changes. Verdicts on given images are then equal for every bat
 number of devices of one kind of machine; between kinds they can differ only on those images, which
 the record counts.
 
-That holds as far as the bound does. A model that rounds inside, such as JPEG, may jump by more.
+That holds as far as the bound does. A model that rounds inside, such as JPEG, or that counts votes
+may jump by more, and one behind a callback (PyTorch's) is taken to compute in float32.
 """
 
 import warnings
@@ -22,9 +23,9 @@ from rain_jax.parallel import Devices
 from rain_jax.types import PyTree
 
 # A bound on how far rounding moves a margin, as a share of the image's largest logit. In float32
-# the largest move seen between batch sizes, device counts and instruction sets was 2^-21
-# (docs/evaluation.md): a wider bound costs some images a second pass, a narrower one might miss
-# some.
+# the largest move of a logit seen between batch sizes and instruction sets was 2^-21, and a margin
+# moves by two of them (docs/evaluation.md). A wider bound costs some images a second pass, a
+# narrower one might miss some.
 FLOAT32 = 2.0**-14
 # With 16 bit numbers inside, of which bfloat16 keeps 8 bits: the largest move seen was 2^-8.5. An
 # accelerator multiplies float32 in fewer bits too, unless JAX is asked not to; there the bound is a

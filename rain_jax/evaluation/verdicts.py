@@ -132,6 +132,7 @@ def judge(
     keeps = allowed(rules.threat, clean, candidate)
     rounding = jnp.float32(bound * jnp.max(jnp.abs(logits)))
     near = (jnp.abs(margin) <= rounding) | jnp.any(jnp.abs(margins) <= rounding)
+    near &= jnp.isfinite(rounding)  # logits that are not finite are wrong, however they round
     return (verdict, share, margin, prediction, keeps, distance, rounding, near), candidate
 
 

@@ -44,30 +44,28 @@ def program(norm, candidates):
     """
 
     @jax.jit
-    def whole(radius, image, label, slopes, levels):
+    def whole(radius, steps, image, label, slopes, levels):
         def model(key, image):
             flat = image.reshape(1, -1, 1) - 0.5
             return jnp.max(jnp.sum(flat * slopes, axis=1) + levels, axis=0)
 
         attack = deepfool(Threat(norm, radius), steps=20, candidates=candidates)
         state = attack.init(KEY, model, image, label)
-        state, _ = jax.lax.scan(
-            lambda state, _: (attack.step(model, state), None), state, length=attack.steps
-        )
+        state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(model, state), state)
         found, score = attack.best(model, state)
         return found, score, margin(model(KEY, found), label)
 
     return whole
 
 
-def run(norm, *planes, image=MIDDLE, label=0, radius=np.inf, candidates=10):
+def run(norm, *planes, steps, image=MIDDLE, label=0, radius=np.inf, candidates=10):
     """For planes as (class, slope, level), at most two of a class."""
     slopes = np.zeros((2, 72, 5), np.float32)
     levels = np.full((2, 5), NEVER, np.float32)
     for number, slope, level in planes:
         row = int(levels[0, number] != NEVER)
         slopes[row, :, number], levels[row, number] = np.ravel(slope), level
-    answers = program(norm, candidates)(float(radius), image, label, slopes, levels)
+    answers = program(norm, candidates)(float(radius), steps, image, label, slopes, levels)
     return [np.asarray(one) for one in answers]
 
 
@@ -93,7 +91,7 @@ def test_finds_the_nearest_image_on_a_plane(norm):
     assert bound > 1.02 * level / dual(norm, WEIGHT), "no bound binds"
 
     for image, expected in ((MIDDLE, 1.0 / dual(norm, WEIGHT)), (corner, bound)):
-        found, _, lead = run(norm, RIGHT, BEYOND, image=image)
+        found, _, lead = run(norm, RIGHT, BEYOND, steps=20, image=image)
         assert lead > 0
         assert np.all((found >= 0) & (found <= 1))
         assert 0.999 <= size(norm, found - image) / expected <= 1.03
@@ -105,7 +103,7 @@ def test_goes_to_the_nearest_of_several_classes(norm):
     distances = [
         (levels[0] - levels[k]) / dual(norm, WEIGHTS[:, k] - WEIGHTS[:, 0]) for k in range(1, 5)
     ]
-    found, _, lead = run(norm, *((k, WEIGHTS[:, k], levels[k]) for k in range(5)))
+    found, _, lead = run(norm, *((k, WEIGHTS[:, k], levels[k]) for k in range(5)), steps=5)
     assert lead > 0
     assert 0.999 <= size(norm, found - MIDDLE) / min(distances) <= 1.021
 
@@ -114,7 +112,7 @@ def test_only_the_likeliest_classes_are_looked_at():
     """The third class is nearer than the second, but with two candidates it is never tried."""
     left = np.float32(np.arange(72) < 36)
     planes = (0, 0.0, 0.0), (1, left, -1.0), (2, 10 * (1 - left), -2.0)
-    found = {k: run(l2, *planes, candidates=k)[0] for k in (2, 3)}
+    found = {k: run(l2, *planes, steps=3, candidates=k)[0] for k in (2, 3)}
     # 36 pixels of one slope each: the distance is the level over the slope and six.
     np.testing.assert_allclose(size(l2, found[2] - MIDDLE), 1.02 * 1.0 / 6, rtol=1e-3)
     np.testing.assert_allclose(size(l2, found[3] - MIDDLE), 1.02 * 0.2 / 6, rtol=1e-3)
@@ -125,7 +123,7 @@ def test_nearest_plane_of_a_convex_region(norm):
     """Two classes and a kink: the wrong one is the larger of two planes, nearer by the second."""
     other = np.random.default_rng(4).normal(size=SHAPE).astype(np.float32)
     expected = min(6.0 / dual(norm, WEIGHT), 1.0 / dual(norm, other))
-    found, _, lead = run(norm, (0, 0.0, 0.0), (1, WEIGHT, -6.0), (1, other, -1.0))
+    found, _, lead = run(norm, (0, 0.0, 0.0), (1, WEIGHT, -6.0), (1, other, -1.0), steps=5)
     assert lead > 0
     assert 0.999 <= size(norm, found - MIDDLE) / expected <= 1.021
 
@@ -175,20 +173,20 @@ def test_follows_the_authors_loop():
 def test_keeps_to_a_finite_radius():
     distance = 1.0 / dual(l2, WEIGHT)
     for radius, broken in ((2 * distance, True), (0.5 * distance, False)):
-        found, score, lead = run(l2, RIGHT, BEYOND, radius=radius)
+        found, score, lead = run(l2, RIGHT, BEYOND, steps=3, radius=radius)
         assert size(l2, found - MIDDLE) <= radius * (1 + 1e-5)
         assert (score > 0) == broken
         assert (lead > 0) == broken
 
 
 def test_a_misclassified_image_is_its_own_answer():
-    found, *_ = run(linf, RIGHT, BEYOND, label=1)
+    found, *_ = run(linf, RIGHT, BEYOND, steps=3, label=1)
     np.testing.assert_array_equal(found, MIDDLE)
 
 
 @NORMS
 def test_an_image_on_the_boundary_leaves_it(norm):
-    found, _, lead = run(norm, (0, 0.0, 0.0), BEYOND)
+    found, _, lead = run(norm, (0, 0.0, 0.0), BEYOND, steps=3)
     assert lead > 0
     assert np.max(np.abs(found - MIDDLE)) < 1e-5
 

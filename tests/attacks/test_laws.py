@@ -238,6 +238,8 @@ def test_radius_zero_returns_the_image(name):
     # as a constant, too, by which Python would not divide
     attack = SMALL[name](Threat(first_norm(name), 0.0))
     jax.eval_shape(lambda key: attack(key, logits_fn, IMAGES[0], 0), KEYS[0])
+    alone = jax.jit(lambda key, image: attack(key, constant, image, 0))
+    np.testing.assert_allclose(alone(KEYS[0], IMAGES[0]), IMAGES[0], atol=1e-6)
 
 
 def test_a_model_without_gradients_yields_finite_images(name):
@@ -245,8 +247,9 @@ def test_a_model_without_gradients_yields_finite_images(name):
     assert np.all(np.isfinite(found))
     # and where JAX can tell that there are none
     attack = SMALL[name](Threat(last_norm(name), 0.5))
-    told = jax.eval_shape(lambda key, x: attack(key, constant, x, 0), KEYS[0], IMAGES[0])
+    told = jax.jit(lambda key, image: attack(key, constant, image, 0))(KEYS[0], IMAGES[0])
     assert told.shape == SHAPE
+    assert np.all(np.isfinite(told))
 
 
 def test_what_was_seen_on_the_way_is_true_and_never_more_than_the_end(name):

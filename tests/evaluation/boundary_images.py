@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import defended
 from rain_jax import data, evaluation, models
+from rain_jax.evaluation import boundary
 from rain_jax.norms import linf
 from rain_jax.parallel import choose_devices, place
 from rain_jax.types import Batch, Threat
@@ -28,12 +29,14 @@ def weights() -> Any:
     return drawn.of(NETWORK, SHAPE, seed=1)
 
 
-def on_the_boundary(count: int) -> tuple[np.ndarray, np.ndarray]:
+def on_the_boundary(count: int, beside: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Images [count, 8, 8, 1] within 4 ulp of the boundary of their labels [count].
 
     Found by halving the line between a digit of one predicted class and one of another, in batches
-    of `count`: nowhere else need they be as close.
+    of `count`: nowhere else need they be as close. With `beside` their margins are so many bounds
+    on rounding instead, beyond the boundary and before it in turn, about as closely.
     """
+    aim = np.float32(beside * boundary.FLOAT32) * np.where(np.arange(count) % 2, 1, -1)
     variables = weights()
     program = jax.jit(lambda images: NETWORK.apply(variables, images)[0])
     digits = data.as_float(np.concatenate([part.arrays[0] for part in _digits()]))[: 2 * count]
@@ -51,7 +54,8 @@ def on_the_boundary(count: int) -> tuple[np.ndarray, np.ndarray]:
         logits = np.asarray(program(images))
         wrong = logits.copy()
         wrong[rows, label] = -np.inf
-        return images, np.max(wrong, axis=1) - logits[rows, label], np.max(np.abs(logits), axis=1)
+        largest = np.max(np.abs(logits), axis=1)
+        return images, np.max(wrong, axis=1) - logits[rows, label] - aim * largest, largest
 
     low, high = np.zeros(count), np.ones(count)
     best, nearest = digits[one].copy(), np.full(count, np.inf)

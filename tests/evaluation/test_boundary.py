@@ -18,14 +18,17 @@ from rain_jax.parallel import choose_devices, place
 from rain_jax.types import Batch, Threat
 
 SIZES, DEVICES = (1, 7, 32), (1, 8)
-COUNT = 200
+COUNT, BESIDE = 200, (0.5, 2.0, 10.0)  # bounds from the boundary, forty images each
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = boundary_images.weights()
 
 
 @pytest.fixture(scope="module")
 def images():
-    return boundary_images.on_the_boundary(COUNT)
+    """On the boundary, then beside it by half a bound and by more than one."""
+    parts = [boundary_images.on_the_boundary(COUNT)]
+    parts += [boundary_images.on_the_boundary(40, beside=bounds) for bounds in BESIDE]
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +37,23 @@ def found(images):
 
 
 def test_verdicts_there_feel_neither_batches_nor_devices(found):
-    first = found["right/1/1"]
-    assert 10 < np.sum(first) < COUNT - 10, "equal verdicts would say nothing"
+    first, near = found["right/1/1"], COUNT + 40
+    assert 10 < np.sum(first[:COUNT]) < COUNT - 10, "equal verdicts would say nothing"
     for size in SIZES:
         for count in DEVICES:
             np.testing.assert_array_equal(found[f"right/{size}/{count}"], first)
             # So are the numbers that they follow from.
-            np.testing.assert_array_equal(found[f"margin/{size}/{count}"], found["margin/1/1"])
-            assert np.all(found[f"near_boundary/{size}/{count}"])
+            margin, expected = found[f"margin/{size}/{count}"], found["margin/1/1"]
+            np.testing.assert_array_equal(margin[:near], expected[:near])
+            counted = found[f"near_boundary/{size}/{count}"]
+            np.testing.assert_array_equal(counted, np.arange(len(first)) < near)
 
 
 def test_they_are_those_of_the_image_alone(images, found):
     """Whatever the flags of the program of one image are, it is the network's own arithmetic."""
     label = images[1]
     alone = jax.jit(lambda v, x: boundary_images.NETWORK.apply(v, x)[0][0])
-    for row in range(0, COUNT, 40):
+    for row in range(0, len(label), 40):
         logits = np.asarray(alone(VARIABLES, images[0][row : row + 1]))
         margin = np.max(np.delete(logits, label[row])) - logits[label[row]]
         np.testing.assert_allclose(margin, found["margin/1/1"][row], atol=1e-6)
@@ -69,6 +74,7 @@ def test_between_instruction_sets_those_differ_that_are_counted(images, found, i
         for size, count in ((7, 1), (7, 8), (32, 1), (32, 8)):
             np.testing.assert_array_equal(there[f"right/{size}/{count}"], there["right/7/1"])
             differ = there[f"right/{size}/{count}"] != found["right/1/1"]
+            assert np.any(differ)
             assert np.all(there[f"near_boundary/{size}/{count}"][differ])
             assert np.all(found["near_boundary/1/1"][differ])
         np.testing.assert_allclose(there["margin/7/1"], found["margin/7/1"], atol=1e-5)
@@ -92,6 +98,10 @@ def judged(pixels, off):
         )  # fmt: skip
         return batched
 
+    return judged_by(model, pixels)
+
+
+def judged_by(model, pixels):
     count = len(pixels)
     images = np.asarray(pixels, np.float32)[:, None, None, None]
     index = np.arange(count, dtype=np.int32)
@@ -123,6 +133,18 @@ def test_a_model_that_rounds_more_than_the_bound_is_warned_of():
         judged([0.5, -3.5 * BOUND, 0.5], off=3 * BOUND)
 
 
+def test_logits_that_are_not_finite_are_wrong_and_not_near():
+
+    def model(key, image):
+        pixel = image[0, 0, 0]
+        first = jnp.select([pixel > 0.8, pixel > 0.6, pixel > 0.4], [jnp.nan, -jnp.inf, jnp.inf], 0)
+        return jnp.stack([first, 0.5])
+
+    seen = judged_by(model, [0.1, 0.5, 0.7, 0.9])
+    np.testing.assert_array_equal(seen.near_boundary, False)
+    np.testing.assert_array_equal(seen.right, False)
+
+
 @pytest.mark.parametrize(
     ("dtype", "platform", "expected"),
     [
@@ -150,9 +172,10 @@ def test_an_accelerator_that_multiplies_in_full_is_as_exact_as_a_cpu():
 def test_inner_programs_are_looked_into():
     def model(image):
         def body(_, total):
-            return total + jnp.sum((image.astype(jnp.bfloat16) @ image.astype(jnp.bfloat16)) * 1.0)
+            half = image.astype(jnp.bfloat16)
+            return total + jnp.sum(half @ half).astype(jnp.float32)
 
-        return jax.lax.fori_loop(0, 3, jax.jit(body), jnp.bfloat16(0)).astype(jnp.float32)
+        return jax.lax.fori_loop(0, 3, jax.jit(body), jnp.float32(0))
 
     shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     assert boundary.rounding(model, shape, platform="cpu") == boundary.FEWER_BITS

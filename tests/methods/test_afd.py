@@ -139,6 +139,8 @@ def test_remat_changes_nothing(modulation):
     variables = with_condition(shaken(begun(plain, images)), 0.3)
     for remat in ("none", "convolutions", "blocks"):
         network = make("preact_resnet", modulation=modulation, remat=remat)
+        own = with_condition(shaken(begun(network, images)), 0.3)
+        jax.tree.map(np.testing.assert_array_equal, own, variables)
 
         def loss(params, network=network):
             given = {**variables, "params": params}

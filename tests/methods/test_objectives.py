@@ -175,7 +175,7 @@ def defended(batch):
     """A linear network behind a random defence, its variables, and labels that it gets right.
 
     The defence keeps the odd rows and columns, at a random place on grey, mirrored or not. One
-    class is ahead of the others, wherever that is.
+    class is ahead of the others at every place.
     """
     ahead = jnp.array([[0.2, 0.0, -0.2]])
     draw = lambda key, images: 0.3 * jax.random.normal(key, (images[0].size, 3)) + ahead
