@@ -135,12 +135,16 @@ def test_beats_noise_on_images_it_has_not_seen(maker, generator, norm):
 
 @KINDS
 def test_more_passes_are_never_worse(maker, generator, norm):
-    rates = [
-        float(search(maker, generator, norm, radius=0.04, passes=passes).rate)
-        for passes in range(1, 9)
-    ]
-    assert rates == sorted(rates)
-    assert rates[-1] > rates[0]
+    """And better somewhere: of some keys the first pass is the best one."""
+    better = []
+    for seed in range(4):
+        one = functools.partial(
+            search, maker, generator, norm, key=jax.random.key(seed), radius=0.3 * RADIUS[id(norm)]
+        )
+        rates = [float(one(passes=passes).rate) for passes in range(1, 9)]
+        assert rates == sorted(rates)
+        better.append(rates[-1] > rates[0])
+    assert any(better)
 
 
 @KINDS
