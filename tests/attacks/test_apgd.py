@@ -116,12 +116,16 @@ def published(norm, radius, steps, start, value, gradient):
     return trail, best_value
 
 
+# A start from which no step is so nearly a halved one that rounding decides.
+START = jax.random.key(4)
+
+
 @pytest.mark.parametrize(("norm", "radius"), [(linf, 0.1), (l2, 0.4)], ids=["linf", "l2"])
-def test_follows_the_published_loop(norm, radius, key):
+def test_follows_the_published_loop(norm, radius):
     """Point by point while rounding allows it, and to the same loss in the end."""
     steps = 40
     attack = apgd(Threat(norm, radius), steps=steps)
-    (begin, _), (states, _) = driven(attack, curved, key)
+    (begin, _), (states, _) = driven(attack, curved, START)
     trail, best_value = published(
         "linf" if norm is linf else "l2", radius, steps, np.asarray(begin.image, np.float64),
         *entropy(),
@@ -185,10 +189,10 @@ DARK[:2] = 0.0
 
 
 @pytest.mark.parametrize("steps", [20, 200])
-def test_follows_the_published_loop_in_l1(steps, key):
+def test_follows_the_published_loop_in_l1(steps):
     """Point by point while rounding allows it, and to the same loss in the end."""
     attack = apgd(Threat(l1, 1.5), steps=steps)
-    (begin, _), (states, _) = driven(attack, curved, key, DARK)
+    (begin, _), (states, _) = driven(attack, curved, START, DARK)
     trail, best_value = published_l1(
         1.5, steps, np.asarray(begin.image, np.float64), *entropy()
     )  # fmt: skip
@@ -203,14 +207,14 @@ def test_follows_the_published_loop_in_l1(steps, key):
 def test_climbs_higher_than_fixed_steps(norm, radius, key):
     """With the same number of gradients, on average over images."""
     threat = Threat(norm, radius)
-    images = np.random.default_rng(0).random((24, *SHAPE), np.float32)
+    images = np.random.default_rng(0).random((512, *SHAPE), np.float32)
 
     def reached(attack):
         def one(key, image):
             label = jnp.argmax(curved(key, image))
             return margin(curved(key, attack(key, curved, image, label)), label)
 
-        return np.mean(jax.jit(jax.vmap(one))(jax.random.split(key, 24), images))
+        return np.mean(jax.jit(jax.vmap(one))(jax.random.split(key, 512), images))
 
     attack = apgd(threat, steps=40, loss=margin)
     fixed = pgd(threat, steps=attack.steps, loss=margin)
