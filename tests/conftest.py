@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before the first JAX call. Programs are compiled as users' are. `COMPILE=fast` takes XLA's older
-# emitters and machine code as LLVM first writes it, in a third of the time: for tests marked
-# `structure`, which assert nothing about numbers that a program computed, and no others then run.
+# Before the first JAX call. Programs are compiled as users' are. `COMPILE=fast` runs the tests
+# marked `structure` and no others: they assert nothing about numbers that a program computed, so
+# XLA's older emitters and code that LLVM has not optimised will do, which are there sooner.
 FAST = os.environ.get("COMPILE") == "fast"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 _OWN = {"xla_force_host_platform_device_count": 8}

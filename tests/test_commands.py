@@ -265,11 +265,7 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
 def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
     """Numbers to rounding; each dispatch one program, the state donated."""
     whole = runpy.run_path(str(config))["get_config"]()
-    # Natural training compiles sooner, and draws in each step too: its crops.
-    changes = [("training.feed", feed)]
-    if (feed, mapping) != ("resident", "shard_map"):
-        changes.append(("method.name", "natural"))
-    experiment = build.experiment(configuring.changed(whole, changes))
+    experiment = build.experiment(configuring.changed(whole, [("training.feed", feed)]))
     devices = place(mapping, choose_devices(2))
     plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
     method = experiment.method(plan)

@@ -17,12 +17,12 @@ if sys.argv[1] == "unrolled":
 draws = lambda key: jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, 7), (3, 5)))(
     jax.random.split(key, 100)
 )
-lowered = jax.jit(draws).lower(jax.random.key(5))
-text = lowered.compile().as_text()
+program = jax.jit(draws).lower(jax.random.key(5)).compile()
+text = program.as_text()
 # Rounds of 32 bits: four in a turn of JAX's loops, all twenty in one of ours.
 rotations = text.count("shift-right-logical(")
 assert "while(" in text and (rotations > 60) == (sys.argv[1] == "unrolled"), rotations
-sys.stdout.buffer.write(bytes(lowered.compile()(jax.random.key(5)).tobytes()))
+sys.stdout.buffer.write(program(jax.random.key(5)).tobytes())
 """
 
 

@@ -87,7 +87,7 @@ def last_norm(name):
     return NORMS_OF.get(name, (l2,))[-1]
 
 
-class Told(NamedTuple):
+class Progress(NamedTuple):
     """What is known after each step: `seen` and `best` of the attack."""
 
     wrong: Any  # whether the image that was seen is misclassified
@@ -97,7 +97,7 @@ class Told(NamedTuple):
 
 class Answers(NamedTuple):
     image: Any
-    told: Told | None  # where the attack has `seen`
+    progress: Progress | None  # where the attack has `seen`
 
 
 @functools.cache
@@ -125,11 +125,11 @@ def program(name, norm):
                 image, score = attack.seen(state)
                 found, best = attack.best(model, state)
                 wrong = jnp.argmax(model(key, image)) != label
-                return state, (found, Told(wrong, score, best))
+                return state, (found, Progress(wrong, score, best))
 
             begin = attack.init(key, model, image, label)
-            found, told = jax.lax.scan(step, begin, length=attack.steps)[1]
-            return Answers(found[-1], told)
+            found, progress = jax.lax.scan(step, begin, length=attack.steps)[1]
+            return Answers(found[-1], progress)
 
         return jax.vmap(one)(keys, images, labels)
 
@@ -247,16 +247,16 @@ def test_a_model_without_gradients_yields_finite_images(name):
     assert np.all(np.isfinite(found))
     # and where JAX can tell that there are none
     attack = SMALL[name](Threat(last_norm(name), 0.5))
-    told = jax.jit(lambda key, image: attack(key, constant, image, 0))(KEYS[0], IMAGES[0])
-    assert told.shape == SHAPE
-    assert np.all(np.isfinite(told))
+    alone = jax.jit(lambda key, image: attack(key, constant, image, 0))(KEYS[0], IMAGES[0])
+    assert alone.shape == SHAPE
+    assert np.all(np.isfinite(alone))
 
 
 def test_what_was_seen_on_the_way_is_true_and_never_more_than_the_end(name):
     """Of states after every step: a broken image is one, and `best` is at least as good."""
-    told = run(name, first_norm(name), 0.1).told
-    if told is None:
+    progress = run(name, first_norm(name), 0.1).progress
+    if progress is None:
         pytest.skip("its best asks the model nothing, or it is no Iteration")
-    assert np.all(told.wrong[told.score > 0])
-    assert np.all((told.best >= told.score - 1e-5) | (told.score <= 0))
-    assert np.any(told.score > 0)
+    assert np.all(progress.wrong[progress.score > 0])
+    assert np.all((progress.best >= progress.score - 1e-5) | (progress.score <= 0))
+    assert np.any(progress.score > 0)

@@ -75,8 +75,8 @@ def slopes(function: Callable[[Any], Any], at: dict[str, np.ndarray]) -> dict[st
 
 def agrees(objective: Any, by_hand: Callable[[Any], Any], params: Any, state: Any) -> Any:
     """Checks loss and gradient against the equations; returns the state and the metrics."""
-    told = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (loss, aux), gradient = told(f32(params), state, jax.random.key(0), ROWS)
+    value_and_gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (loss, aux), gradient = value_and_gradient(f32(params), state, jax.random.key(0), ROWS)
     np.testing.assert_allclose(loss, by_hand(params), rtol=1e-5)
     for name, expected in slopes(by_hand, params).items():
         np.testing.assert_allclose(gradient[name], expected, rtol=1e-5, atol=1e-5)

@@ -119,10 +119,10 @@ def test_float_adds_its_share_of_noise_to_every_kernel(name):
         return own
 
     seen = []
-    told = jax.jit(lambda s: network.apply(with_condition(variables, s), IMAGES)[0])
+    logits_at = jax.jit(lambda s: network.apply(with_condition(variables, s), IMAGES)[0])
     apply = jax.jit(plain.apply)
     for s in (0.0, 0.5, 1.0):
-        logits = told(s)
+        logits = logits_at(s)
         params = moved(variables["params"], variables["noise"], s)
         expected = apply({**plain_of(variables), "params": params}, IMAGES)[0]
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
@@ -159,15 +159,15 @@ def test_the_condition_is_one_constant_in_the_state_and_is_found_behind_a_defenc
     np.testing.assert_array_equal(logits[0], logits[1])
     assert np.max(np.abs(np.asarray(logits[0]) - logits[2])) > 1e-3
     defended = in_front(jpeg(), FILM)
-    told = with_condition(begun(defended), 0.25)
-    assert float(told["frozen"]["classifier"]["condition"]["s"]) == 0.25
+    set_to = with_condition(begun(defended), 0.25)
+    assert float(set_to["frozen"]["classifier"]["condition"]["s"]) == 0.25
     fronts = [in_front(jpeg(quality=quality), FILM) for quality in (20, 80)]
     several = ensemble(fronts, vote.vote_scores)
     variables = begun(several)
-    told = with_condition(variables, 0.25)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), told, variables)
-    np.testing.assert_array_equal(told["frozen"]["classifier"]["condition"]["s"], [0.25, 0.25])
-    logits = jax.eval_shape(several.apply, told, IMAGES)[0]
+    set_to = with_condition(variables, 0.25)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), set_to, variables)
+    np.testing.assert_array_equal(set_to["frozen"]["classifier"]["condition"]["s"], [0.25, 0.25])
+    logits = jax.eval_shape(several.apply, set_to, IMAGES)[0]
     assert logits.shape == (len(IMAGES), FILM.classes)
     plain = begun(make())
     jax.tree.map(np.testing.assert_array_equal, with_condition(plain, 0.25), plain)
@@ -189,12 +189,12 @@ def program(**options):
     return run
 
 
-def told(key, **options):
+def outcome(key, **options):
     return jax.tree.map(np.asarray, program(**options)(key))
 
 
 def parts_of(key, **options):
-    return told(key, **options)[0]
+    return outcome(key, **options)[0]
 
 
 @jax.jit
@@ -205,7 +205,7 @@ def trained(images, s):
 
 @jax.jit
 def attacked(key, s):
-    """What PGD finds where the network is told `s`."""
+    """What PGD finds where the network has the condition `s`."""
 
     def one(key, image, label):
         given = {"params": PARAMS, **with_condition(STATE, s)}
@@ -231,7 +231,7 @@ def log_softmax(logits):
 def test_each_part_of_the_loss_has_its_condition_and_its_weight(
     options, clean, attacked_at, weight, key
 ):
-    parts, (loss, (state, metrics)) = told(key, mix_stage="none", **options)
+    parts, (loss, (state, metrics)) = outcome(key, mix_stage="none", **options)
     found = np.asarray(attacked(key, attacked_at))
     np.testing.assert_allclose(parts.images, found, atol=1e-6)
     natural, robust = (
@@ -303,12 +303,12 @@ def test_a_share_of_one_is_no_mixing(key):
     """With so small a parameter Beta draws nothing but zeros and ones."""
     for number in range(8):
         one = jax.random.fold_in(key, number)
-        parts, (loss, _) = told(one, mix_alpha=1e-4)
+        parts, (loss, _) = outcome(one, mix_alpha=1e-4)
         if np.allclose(parts.targets, ONE_HOT):
             break
     else:
         pytest.fail("eight draws and no share of one")
-    _, (unmixed, _) = told(one, mix_stage="none")
+    _, (unmixed, _) = outcome(one, mix_stage="none")
     np.testing.assert_allclose(loss, unmixed, rtol=1e-4)
 
 

@@ -149,10 +149,10 @@ def test_running_averages_see_one_pass_and_the_warm_up_waits(key):
         methods.trades(by_hand.TABLE, by_hand.lighten), gamma=0.1, warmup=2, steps_per_epoch=3
     )
     params = by_hand.f32(by_hand.TABLES)
-    told = jax.jit(lambda step: objective(params, by_hand.TRAIL, key, by_hand.ROWS, None, step))
+    loss_at = jax.jit(lambda step: objective(params, by_hand.TRAIL, key, by_hand.ROWS, None, step))
     losses = []
     for step in (0, 5, 6):
-        loss, (state, _) = told(step)
+        loss, (state, _) = loss_at(step)
         assert state["trail"] == 21
         losses.append(float(loss))
     assert losses[0] == losses[1] < losses[2]
@@ -163,15 +163,15 @@ def test_two_devices_move_the_weights_as_one(parts, key):
     params, state = parts
     objective = awp(methods.natural(NETWORK), gamma=0.1)
 
-    def told(params, state, batch, axis_name):
+    def body(params, state, batch, axis_name):
         value = jax.value_and_grad(objective, has_aux=True)
         (loss, _), gradient = value(params, state, key, batch, axis_name, 0)
         return psum((loss, gradient), axis_name)
 
     devices = place("shard_map", choose_devices(2))
-    program = devices.map(told, inputs=(False, False, True), outputs=False)
+    program = devices.map(body, inputs=(False, False, True), outputs=False)
     loss, gradient = program(*devices.replicate(parts), devices.split(BATCH))
-    alone = jax.jit(told, static_argnums=3)(params, state, BATCH, None)
+    alone = jax.jit(body, static_argnums=3)(params, state, BATCH, None)
     np.testing.assert_allclose(loss, alone[0], rtol=1e-5)
     chex.assert_trees_all_close(
         jax.device_get(gradient), jax.device_get(alone[1]), rtol=1e-4, atol=1e-4

@@ -80,8 +80,8 @@ def test_grad_align_by_hand(key):
     far = Threat(linf, 0.8)  # nearby the gradients of a linear model are as good as parallel
     objective = methods.grad_align(by_hand.LINEAR, FGSM, far, weight=20.0)
     params = by_hand.f32(WEIGHT)
-    told = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (loss, (_, metrics)), gradient = told(params, {}, key, BATCH)
+    value_and_gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (loss, (_, metrics)), gradient = value_and_gradient(params, {}, key, BATCH)
     noise = noise_of(0, far.radius)(jax.random.fold_in(key, 2**30 + 1))
     attacked = found_by(objective, key)
     here = image_slopes(PIXELS, WEIGHT["weight"])  # held fixed
@@ -139,8 +139,8 @@ def test_gradients_of_gradients_go_through_the_convolutions(key):
 
     def gradient(weight):
         objective = methods.grad_align(network, FGSM, THREAT, weight=weight, batch_norm="batch")
-        told = jax.jit(jax.grad(lambda p: objective(p, variables, key, batch)[0]))
-        return jax.tree.leaves(told(params))
+        gradient_of = jax.jit(jax.grad(lambda p: objective(p, variables, key, batch)[0]))
+        return jax.tree.leaves(gradient_of(params))
 
     ours = gradient(5.0)
     with by_lax():

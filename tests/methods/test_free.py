@@ -68,9 +68,9 @@ def test_the_first_replay_is_natural_training_and_the_second_sees_fgsm():
     params, batch = by_hand.f32({"weight": WEIGHT}), next(batches(1))
     once = free(NATURAL, THREAT, optax.sgd(RATE), batch_shape=SHAPE, replays=1)
     state, metrics = run(once, params, 1)
-    expected, told = run(training.minimise(NATURAL, optax.sgd(RATE)), params, 1)
+    expected, logged = run(training.minimise(NATURAL, optax.sgd(RATE)), params, 1)
     np.testing.assert_allclose(state.params["weight"], expected.params["weight"], atol=1e-7)
-    np.testing.assert_allclose(metrics[0]["loss"], told[0]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics[0]["loss"], logged[0]["loss"], rtol=1e-6)
     logits_fn = lambda key, x: jnp.matmul(x.reshape(4), params["weight"], precision="highest")
     attack = attacks.fgsm(THREAT)
     find = jax.jit(jax.vmap(lambda x, y: attack(jax.random.key(0), logits_fn, x, y)))
@@ -110,8 +110,10 @@ def test_without_replays_and_on_one_batch_it_is_training_on_fgsm_and_then_on_pgd
     del model_state["params"]
     for objective in seen:
         state, metrics = step(jax.random.key(0), state, batch)
-        told = jax.jit(jax.value_and_grad(objective, has_aux=True))
-        (loss, (after, _)), gradient = told(params, model_state, jax.random.key(1), batch)
+        value_and_gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        (loss, (after, _)), gradient = value_and_gradient(
+            params, model_state, jax.random.key(1), batch
+        )
         losses.append(float(loss))
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
         mean = jax.tree.map(lambda leaf: np.asarray(leaf) / 6, gradient)

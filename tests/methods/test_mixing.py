@@ -118,8 +118,8 @@ SMALL = by_hand.ROWS._replace(
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 @pytest.mark.parametrize("name", ["natural", "adversarial", "trades"])
 def test_the_loss_has_both_labels_and_the_attack_the_larger_one(name, kind, key):
-    told = lambda key, logits_fn, image, label: jnp.clip(image + 0.1 * label, 0, 1)
-    given = () if name == "natural" else (told,)
+    attack = lambda key, logits_fn, image, label: jnp.clip(image + 0.1 * label, 0, 1)
+    given = () if name == "natural" else (attack,)
     options = dict(mix=kind, mix_alpha=2.0, label_smoothing=0.1)
     objective = getattr(methods, name)(by_hand.LINEAR, *given, **options)
     smooth = np.float32(0.9 * np.eye(3)[SMALL.label] + 0.1 / 3)

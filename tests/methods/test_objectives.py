@@ -137,13 +137,13 @@ def test_two_devices_find_the_loss_and_gradient_of_one(name, batch, parts, key):
     """Batch statistics, attacks and penalties are those of the whole batch."""
     objective = SMALL[name]()
 
-    def told(params, state, batch, axis_name):
+    def body(params, state, batch, axis_name):
         value = jax.value_and_grad(objective, has_aux=True)
         (loss, (state, metrics)), gradient = value(params, state, key, batch, axis_name, 0)
         return *psum((loss, metrics, gradient), axis_name), state
 
     devices = place("shard_map", choose_devices(2))
-    two = devices.map(told, inputs=(False, False, True), outputs=(False,) * 4)
+    two = devices.map(body, inputs=(False, False, True), outputs=(False,) * 4)
     loss, metrics, gradient, after = jax.device_get(
         two(*devices.replicate(parts), devices.split(batch))
     )
@@ -210,7 +210,7 @@ def test_an_attack_climbs_through_a_random_defence_and_the_method_learns(name, d
         return attacked(found), learn(params, after, key, found, None)
 
     params = variables["params"]
-    images, told = step(params)
+    images, learnt = step(params)
     # Weights of zero have no gradient either: there the attack ends where it began.
     began, _ = step(jax.tree.map(np.zeros_like, params))
     moved = np.abs(images - began) > 1e-6
@@ -218,7 +218,7 @@ def test_an_attack_climbs_through_a_random_defence_and_the_method_learns(name, d
     kept[:, 1::2, 1::2] = True
     assert not np.any(moved & ~kept)
     assert np.mean(moved[kept]) > 0.8
-    (loss, _), gradient = told
+    (loss, _), gradient = learnt
     assert np.isfinite(loss)
     slope = np.asarray(gradient["classifier"]["weight"])
     assert np.all(np.isfinite(slope))
@@ -229,8 +229,8 @@ def test_natural_is_the_sum_of_cross_entropies(batch, parts, key):
 
     @jax.jit
     def both(params, state, batch):
-        told = methods.natural(NETWORK)(params, state, key, batch)
-        return told, NETWORK.apply({"params": params, **state}, batch.image, train=True)
+        outcome = methods.natural(NETWORK)(params, state, key, batch)
+        return outcome, NETWORK.apply({"params": params, **state}, batch.image, train=True)
 
     (loss, (after, metrics)), (logits, expected) = both(*parts, batch)
     log_p = by_hand.log_softmax(np.float64(logits))

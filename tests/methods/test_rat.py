@@ -34,7 +34,7 @@ def log_p(image):
     return jax.nn.log_softmax(NETWORK.apply({"params": PARAMS}, image[None])[0][0])
 
 
-def told(network, key, state=STATE, batch=BATCH, **options):
+def outcome(network, key, state=STATE, batch=BATCH, **options):
     """Loss, and state and metrics, in one program."""
     return jax.jit(methods.rat(network, **options))(PARAMS, state, key, batch)
 
@@ -70,7 +70,7 @@ def test_with_a_uniform_scale_it_is_moved_part_of_the_way(key):
 
 @pytest.mark.parametrize("weight", [0.5, 0.2])
 def test_the_loss_is_the_weighted_sum_over_valid_images(weight, key):
-    loss, (_, metrics) = told(NETWORK, key, clean_weight=weight)
+    loss, (_, metrics) = outcome(NETWORK, key, clean_weight=weight)
     expected, standing, hit, moved = 0.0, 0, 0, 0.0
     for row in range(10):
         label = int(BATCH.label[row])
@@ -89,8 +89,8 @@ def test_the_loss_is_the_weighted_sum_over_valid_images(weight, key):
 def test_without_a_perturbation_or_a_weight_for_it_it_is_natural_training(key):
     natural, _ = jax.jit(methods.natural(NETWORK))(PARAMS, {}, key, BATCH)
     none = {"perturbations": jnp.zeros_like(PATTERNS)}
-    np.testing.assert_allclose(told(NETWORK, key, none)[0], natural, rtol=1e-6)
-    np.testing.assert_allclose(told(NETWORK, key, clean_weight=1.0)[0], natural, rtol=1e-6)
+    np.testing.assert_allclose(outcome(NETWORK, key, none)[0], natural, rtol=1e-6)
+    np.testing.assert_allclose(outcome(NETWORK, key, clean_weight=1.0)[0], natural, rtol=1e-6)
 
 
 def test_a_network_that_carries_them_classifies_as_before():

@@ -242,8 +242,8 @@ def test_loss_and_gradient_are_the_equations(form, clean_weight, key):
     )
     params = by_hand.f32(WEIGHT)
     (_, found), _ = jax.jit(lambda: objective.find(params, {}, key, BATCH, None, 0))()
-    told = jax.jit(jax.value_and_grad(objective, has_aux=True))
-    (loss, (_, metrics)), gradient = told(params, {}, key, BATCH)
+    value_and_gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (loss, (_, metrics)), gradient = value_and_gradient(params, {}, key, BATCH)
 
     def expected(params):
         return by_equation(params, found.image, form, clean_weight)

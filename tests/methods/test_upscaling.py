@@ -113,11 +113,11 @@ def test_every_turn_occurs_mirrored_and_not():
 
 
 def test_psnr_by_hand():
-    image, told = np.full((4, 4, 3), 0.5, np.float32), jax.jit(psnr)
-    np.testing.assert_allclose(told(image + np.float32(0.1), image), 20.0, atol=1e-3)
-    clipped = told(image + np.float32(7.0), image)
+    image, decibels = np.full((4, 4, 3), 0.5, np.float32), jax.jit(psnr)
+    np.testing.assert_allclose(decibels(image + np.float32(0.1), image), 20.0, atol=1e-3)
+    clipped = decibels(image + np.float32(7.0), image)
     np.testing.assert_allclose(clipped, 10 * np.log10(4), atol=1e-4)
-    np.testing.assert_allclose(told(image, image), 100.0, atol=1e-4)
+    np.testing.assert_allclose(decibels(image, image), 100.0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
