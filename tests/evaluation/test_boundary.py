@@ -1,6 +1,7 @@
 """Verdicts on the decision boundary are alike for all batch sizes, devices and CPUs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from rain_jax.types import Batch, Threat
 SIZES, DEVICES = (1, 7, 32), (1, 8)
 COUNT, BESIDE = 200, (0.5, 2.0, 10.0)  # bounds from the boundary, forty images each
 ROOT = Path(__file__).resolve().parents[2]
+# Whether this process multiplies and adds in one rounding, which SSE4_2 does not.
+FUSED = not re.search(r"max_isa=(SSE4_2|AVX)\b", os.environ["XLA_FLAGS"])
 VARIABLES = boundary_images.weights()
 
 
@@ -74,7 +77,7 @@ def test_between_instruction_sets_those_differ_that_are_counted(images, found, i
         for size, count in ((7, 1), (7, 8), (32, 1), (32, 8)):
             np.testing.assert_array_equal(there[f"right/{size}/{count}"], there["right/7/1"])
             differ = there[f"right/{size}/{count}"] != found["right/1/1"]
-            assert np.any(differ)
+            assert np.any(differ) or not FUSED
             assert np.all(there[f"near_boundary/{size}/{count}"][differ])
             assert np.all(found["near_boundary/1/1"][differ])
         np.testing.assert_allclose(there["margin/7/1"], found["margin/7/1"], atol=1e-5)

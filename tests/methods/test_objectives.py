@@ -191,7 +191,7 @@ def defended(batch):
         keys = jax.random.split(key, len(batch.image))
         return variables, network.apply(variables, batch.image, keys=keys)[0]
 
-    variables, logits = made(jax.random.key(3))
+    variables, logits = made(jax.random.key(0))
     # SENSE and FAT leave images alone that are misclassified to begin with.
     return network, variables, batch._replace(label=jnp.argmax(logits, -1))
 
