@@ -34,15 +34,20 @@ TOGETHER = 4
 _programs: dict = {}
 
 
+def corruption(name, constants="imagenet", photographs=None):
+    """What a family does to one image: (key, image, severity)."""
+    function = partial(FAMILIES[name], constants=constants)
+    if name != "frost":
+        return function
+    ice = frosted([PHOTOGRAPH], constants=constants) if photographs is None else photographs
+    return partial(function, photographs=ice)
+
+
 def family(name, constants="imagenet", photographs=None):
     """One compiled program for a batch of keys, of images, and of severities."""
     key = (name, constants, id(photographs))
     if key not in _programs:
-        function = partial(FAMILIES[name], constants=constants)
-        if name == "frost":
-            ice = frosted([PHOTOGRAPH], constants=constants) if photographs is None else photographs
-            function = partial(function, photographs=ice)
-        _programs[key] = jax.jit(jax.vmap(function))
+        _programs[key] = jax.jit(jax.vmap(corruption(name, constants, photographs)))
     return _programs[key]
 
 
@@ -101,22 +106,20 @@ def test_images_of_a_batch_have_severities_of_their_own_and_no_neighbours(name):
     keys = jax.random.split(jax.random.key(0), 4)
     images = unit(np.stack([soft(), soft()[::-1], 255 - soft(), soft()[:, ::-1]]))
     severities = np.array([2, 5, 3, 1], np.int32)
-    # The program of single images, which below are among others like them.
     batch = 255 * np.asarray(family(name, "cifar")(keys, images, severities))
     for place in range(4):
         severity = int(severities[place])
-        alone = corrupted(name, images[place], severity, "cifar", draws=4)[place]
-        near(batch[place], alone, share=0.001)
+        among_its_like = corrupted(name, images[place], severity, "cifar", draws=4)[place]
+        near(batch[place], among_its_like, share=0.001)
+    alone = jax.jit(corruption(name, "cifar"))(keys[0], images[0], severities[0])
+    near(batch[0], 255 * np.asarray(alone), share=0.001)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_grey_and_oblong_images_are_corrupted_too(name):
     grey = soft(34, 1)[:28]
-    function = FAMILIES[name]
-    if name == "frost":
-        function = partial(function, photographs=frosted([PHOTOGRAPH]))
     # One draw is enough: generators for many take twice as long to compile.
-    program = jax.jit(function)
+    program = jax.jit(corruption(name))
     made = lambda image: 255 * np.asarray(program(jax.random.key(0), unit(image), 3))
     found = made(grey)
     assert found.shape == (28, 34, 1)
