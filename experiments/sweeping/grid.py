@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments import configuring, defended, looks, settings
 from experiments.cli import value_of
 from experiments.schema import call, filled
@@ -265,6 +267,6 @@ def share(units: Sequence[Any], shard: tuple[int, int]) -> list[Any]:
     return list(units[(number - 1) * size // count : number * size // count])
 
 
-def traced_type(values: Sequence[Any]) -> type:
+def traced_type(values: Sequence[Any]) -> np.dtype:
     """Whole numbers stay whole, so that what asks for them is content."""
-    return int if all(isinstance(v, int) for v in values) else float
+    return np.dtype(np.int32 if all(isinstance(v, int) for v in values) else np.float32)

@@ -65,7 +65,7 @@ class Measurer:
             for batch in data.evaluation_batches(source, at_once, places):
                 rows = len(batch.index)
                 values: dict[str, Any] = {
-                    key: np.full(rows, one.cell[key], grid.traced_type(axes[key]).__name__ + "32")
+                    key: np.full(rows, one.cell[key], grid.traced_type(axes[key]))
                     for key in self.plan.data
                 }
                 values["cell"] = np.full(rows, number, np.int32)

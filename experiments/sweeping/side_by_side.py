@@ -115,7 +115,7 @@ def _split(experiments: Sequence[build.Experiment], places: Sequence[int]) -> li
     return [group for part in parts for group in _split(experiments, part)]
 
 
-def _traced(experiment: build.Experiment, kinds: Mapping[str, type]) -> Any:
+def _traced(experiment: build.Experiment, kinds: Mapping[str, np.dtype]) -> Any:
     """A step as JAX sees it, with numbers of these kinds as its arguments.
 
     Raises what JAX raises where a number must be known, and `TypeError` where another state than
@@ -186,10 +186,7 @@ def beside(
     leaves = [flat(experiment.config) for experiment in experiments]
     columns = {key: [own[key] for own in leaves] for key in numbers}
     values = devices.replicate(
-        {
-            key: np.array(column, f"{grid.traced_type(column).__name__}32")
-            for key, column in columns.items()
-        }
+        {key: np.array(column, grid.traced_type(column)) for key, column in columns.items()}
     )
 
     def all_steps(
