@@ -85,6 +85,11 @@ def needs_loop_safety() -> bool:
     return jax.default_backend() == "cpu" and _to_lax.get() != "all"
 
 
+def left_to_lax() -> _Left:
+    """What is left to `lax` here: what is traced turns on it, and JAX does not know."""
+    return _to_lax.get()
+
+
 @contextlib.contextmanager
 def by_lax() -> Iterator[None]:
     """What is traced in here convolves by `lax`, also on CPU."""

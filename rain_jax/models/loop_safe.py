@@ -6,6 +6,7 @@ loop, and an attack is a loop. `loop_safe` reads the function's jaxpr and evalua
 convolutions replaced. Values and gradients stay those of `lax` up to rounding.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -42,16 +43,28 @@ def loop_safe(function: F) -> F:
     is kept with its rule. As for `models.conv`, a replaced convolution has no forward-mode
     derivative.
 
-    The function is traced at every call with other shapes; arguments and results are pytrees of
-    arrays.
+    Arguments and results are pytrees of arrays. JAX traces the function once for all calls with the
+    same shapes and types, so it must not read anything that changes in between.
     """
 
+    def traced(choice: str) -> Callable[..., Any]:
+        """The function for each choice of convolutions, which JAX's cache does not know of."""
+
+        def of_this_choice(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        return jax.make_jaxpr(of_this_choice, return_shape=True)
+
+    programs: dict[str, Callable[..., Any]] = {}
+
+    @functools.wraps(function)
     def replaced(*arguments: Any) -> Any:
         if not conv.needs_loop_safety():
             return function(*arguments)
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        if not _has_convolution(closed):
-            return function(*arguments)
+        choice = conv.left_to_lax()
+        if choice not in programs:
+            programs[choice] = traced(choice)
+        closed, shape = programs[choice](*arguments)
         leaves = _evaluate(closed, jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
@@ -65,7 +78,8 @@ def _evaluate(program: Any, arguments: Sequence[Any]) -> list[Any]:
     values.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
-        with equation.ctx.manager:
+        # Profilers show these names: a module's, in Flax.
+        with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
             results = _rule(equation)(equation, inputs)
         values.update(zip(equation.outvars, results, strict=True))
     return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
@@ -75,7 +89,7 @@ def _rule(equation: Any) -> Callable[[Any, list[Any]], Sequence[Any]]:
     name = equation.primitive.name
     if name == _CONVOLUTION:
         return _convolved
-    if name in _ENTERED and any(map(_has_convolution, _inner(equation))):
+    if any(map(_has_convolution, _inner(equation))):
         return _entered
     return _as_it_is
 
@@ -143,7 +157,9 @@ def _is_program(value: Any) -> bool:
 
 
 def _inner(equation: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
+    """The jaxprs among an equation's parameters, if it is of those that are entered."""
+    if equation.primitive.name not in _ENTERED:
+        return []
     leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
     return [leaf for leaf in leaves if _is_program(leaf)]
 

@@ -1,5 +1,7 @@
 """The one door to Flax: linen modules become `Network`s of pure functions on plain dictionaries."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from flax.errors import ScopeParamShapeError
 
 from rain_jax.checks import UsageError, within
 from rain_jax.models.layers import PerChannel, count
+from rain_jax.models.loop_safe import loop_safe
 from rain_jax.types import Array, AxisName, Key, ModelState, Network, Variables
 
 
@@ -58,6 +61,21 @@ def network(
         images = images.astype(jnp.float32)
         return (images - shift.reshape(1, 1, 1, -1)) / scale.reshape(1, 1, 1, -1)
 
+    @loop_safe
+    def evaluated(variables: Variables, inputs: Array) -> Array:
+        logits: Any = module.apply(variables, inputs, train=False)
+        return logits.astype(jnp.float32)
+
+    @functools.cache
+    def trained(axis_name: AxisName) -> Callable[[Variables, Array], tuple[Array, ModelState]]:
+        def forward(variables: Variables, inputs: Array) -> tuple[Array, ModelState]:
+            state = [name for name in variables if name != "params"]
+            synchronised = _over(axis_name, module, state)
+            logits, moved = synchronised.apply(variables, inputs, train=True, mutable=state)
+            return logits.astype(jnp.float32), moved
+
+        return loop_safe(forward)
+
     @jax.jit  # one compiled program, in which the forward pass that names the shapes is dead code
     def init(key: Key, images: Array) -> Variables:
         return dict(module.init(key, normalise(images), train=False))
@@ -73,21 +91,19 @@ def network(
         inputs = normalise(images)
         try:
             if not train:
-                logits: Any = module.apply(variables, inputs, train=False)
-                return logits.astype(jnp.float32), state
-            synchronised = _over(axis_name, module, state)
-            logits, moved = synchronised.apply(variables, inputs, train=True, mutable=list(state))
+                return evaluated(variables, inputs), state
+            logits, moved = trained(axis_name)(variables, inputs)
         except ScopeParamShapeError as error:
             raise UsageError(
                 f"images {list(images.shape)} do not fit these variables, which were made for "
                 "images of another size or number of channels"
             ) from error
-        return logits.astype(jnp.float32), {**state, **moved}
+        return logits, {**state, **moved}
 
     return Network(init, apply, classes)
 
 
-def _over(axis_name: AxisName, module: nn.Module, state: ModelState) -> Any:
+def _over(axis_name: AxisName, module: nn.Module, state: Sequence[str]) -> Any:
     """The module with its batch statistics taken over `axis_name`."""
     if axis_name is None:
         return module
