@@ -31,7 +31,7 @@ def minimum_norm(where: str, spec: Any, threat: Threat) -> Attack:
     """An attack section as a minimum-norm attack; others are refused: they need a radius."""
     name = spec.get("name") if isinstance(spec, dict) else None
     if name is not None:
-        one_of(f"{where}.name", name, attacks.MINIMUM_NORM)
+        one_of(f"{where}.name", name, attacks.minimum_norm())
     return attack(where, spec, threat)
 
 

@@ -196,14 +196,15 @@ class _Measuring:
         counted = [title for title, look in looks_.items() if look.threat is None]
         clean = self.columns["clean"] = self.unharmed("clean", everyone)
         shown = self.shown.copy()
-        right = standing = np.asarray(clean.judgement.right)
+        right = np.asarray(clean.judgement.right)
+        standing = evaluation.in_some_draw(clean.judgement)
         for title, look in looks_.items():
             counts = title in counted
             given = np.flatnonzero(standing) if cascade and counts else everyone
             self.columns[title] = self.under(title, look, self.rules, given, early=True)
             if counts:
-                judged = [self.columns[title].judgement]
-                standing = standing & evaluation.worst_case(clean.judgement, judged)
+                seen = self.columns[title].judgement
+                standing[seen.index] &= evaluation.in_some_draw(seen)
         last = None
         if self.draws > 1 and len(counted) > 1:
             last = self.unharmed("worst case", everyone)

@@ -20,8 +20,7 @@ import numpy as np
 from experiments import build, measure
 from experiments.defended import RUN, UNDEFENDED, logits_fn_of
 from experiments.proof import LEFT, SILENT, Check, Slopes, above, slopes
-from experiments.schema import filled_member
-from rain_jax import attacks, data, evaluation, gradients, norms
+from rain_jax import attacks, data, evaluation, norms
 from rain_jax.checks import UsageError
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
@@ -43,8 +42,8 @@ _SUM = 0.01
 _BLIND, _SHORT, _UNCHANGED = 0.002, 0.02, 0.05
 # The chance of a false alarm by which the images at hand may be too few.
 _ALARM = 0.01
-# Attacks, estimators and forms of a model that tell nothing of the deployed model's gradients.
-_BLACK, _OTHERS = ("square", "rays", "spsa", "nes", "noise"), (UNDEFENDED, "gray")
+# Forms of a model that tell nothing of the deployed model's gradients.
+_OTHERS = UNDEFENDED, "gray"
 
 
 class Probe(NamedTuple):
@@ -376,25 +375,18 @@ def _surely_more(hits: int, images: int, share: float) -> bool:
 
 def _kind(experiment: build.Experiment, title: str) -> str:
     """Whether an attack sees the deployed model's gradients ("white"), or less."""
-    spec = experiment.evaluation.attacks.get(title, {})
-    if spec.get("name", title) in _BLACK or _estimator(spec).get("name") in _BLACK:
+    look = experiment.looks[title]
+    # One that declares nothing is taken to see everything.
+    if getattr(look.attack, "knows", "gradient") != "gradient":
         return "black"
-    through = experiment.looks[title].through or ""
+    through = look.through or ""
     other = through.startswith(RUN) or any(word in _OTHERS for word in through.split("+"))
     return "transfer" if other else "white"
 
 
-def _estimator(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section of an attack's gradient estimator, with its defaults."""
-    given = spec.get("estimator") or {}
-    return filled_member(gradients, {"name": given} if isinstance(given, str) else given)
-
-
 def _draws(experiment: build.Experiment, title: str) -> float:
     """Over how many draws an attack takes its gradients; enough where its form has none."""
-    if experiment.looks[title].through in experiment.assembly.fixed:
+    look = experiment.looks[title]
+    if look.through in experiment.assembly.fixed:
         return math.inf
-    spec = experiment.evaluation.attacks.get(title)
-    if spec is None:
-        return (experiment.evaluation.suite or {}).get("draws", 1)
-    return _estimator(spec).get("draws", 1)
+    return getattr(look.attack, "draws", 1)

@@ -12,9 +12,35 @@ from rain_jax.types import Array, Estimator, Image, Key, PyTree, Scalar
 __all__ = ["eot", "exact", "nes", "spsa"]
 
 
+def usable(estimator: Estimator | None) -> Estimator:
+    """`estimator`, or `exact()` for None, whose gradients are 0 where they are not finite.
+
+    A model whose gradient is not a number at some pixels is attacked along the others, and one
+    without any finite gradient is not moved. What the attack then says of the model is no evidence
+    that it is robust: evaluations count such images (`rain_jax.evaluation`).
+    """
+    estimate = exact() if estimator is None else estimator
+
+    def finite_of(function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
+        inner = estimate(function)
+
+        def outer(key: Key, image: Image) -> tuple[tuple[Scalar, PyTree], Image]:
+            values, gradient = inner(key, image)
+            return values, jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+
+        return outer
+
+    return estimate._replace(of=finite_of)
+
+
+def last_finite(moved: Array, before: Array) -> Array:
+    """`moved`, or `before` where any of its entries is not finite: what an attack steps to."""
+    return jnp.where(jnp.all(jnp.isfinite(moved)), moved, before)
+
+
 def exact() -> Estimator:
     """One draw of the function and its own gradient: right for models without randomness."""
-    return lambda function: jax.value_and_grad(function, argnums=1, has_aux=True)
+    return Estimator(lambda function: jax.value_and_grad(function, argnums=1, has_aux=True))
 
 
 def eot(draws: int = 20) -> Estimator:
@@ -34,7 +60,7 @@ def eot(draws: int = 20) -> Estimator:
 
         return mean
 
-    return estimator
+    return Estimator(estimator, draws=draws)
 
 
 def nes(draws: int = 25, scale: float = 0.001, answers: int = 1) -> Estimator:
@@ -78,7 +104,7 @@ def _both_ways(sample: Callable[..., Array], draws: int, scale: float, answers: 
 
         return estimate
 
-    return estimator
+    return Estimator(estimator, draws=answers, knows="logits")
 
 
 def straight_through(

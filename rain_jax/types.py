@@ -7,7 +7,7 @@ shape marks the few places where the batch itself means something.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -33,16 +33,28 @@ Loss = Callable[[Logits, Target], Scalar]
 Attack = Callable[[Key, LogitsFn, Image, Target], Image]
 """One image to an adversarial one. Whether it succeeded is for the judge to say."""
 
-Estimator = Callable[
-    [Callable[[Key, Image], tuple[Scalar, PyTree]]],
-    Callable[[Key, Image], tuple[tuple[Scalar, PyTree], Image]],
-]
-"""Makes `(key, image) -> ((value, aux), gradient)` of `(key, image) -> (value, aux)`.
+Knowledge = Literal["gradient", "logits", "label", "nothing"]
+"""The most that an attack uses of the model: gradients, logits, the predicted label, or nothing."""
 
-As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: value and what comes with
-it are means over draws at the image itself, and the gradient is of a mean, where it is not
-estimated from values around.
-"""
+
+class Estimator(NamedTuple):
+    """Makes `(key, image) -> ((value, aux), gradient)` of `(key, image) -> (value, aux)`.
+
+    As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: value and what comes
+    with it are means over draws at the image itself, and the gradient is of a mean, where it is not
+    estimated from values around. `draws` is over how many draws of the model that mean is, `knows`
+    what it uses of the model.
+    """
+
+    of: Callable[
+        [Callable[[Key, Image], tuple[Scalar, PyTree]]],
+        Callable[[Key, Image], tuple[tuple[Scalar, PyTree], Image]],
+    ]
+    draws: int = 1
+    knows: Knowledge = "gradient"
+
+    def __call__(self, function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
+        return self.of(function)
 
 
 class Norm(NamedTuple):
@@ -83,6 +95,11 @@ class Iteration(NamedTuple):
 
     With `once` a step asks the model once and about `state.image`, for its logits and their
     gradient, so that who has both at hand need not compute them again.
+
+    The last four fields declare what an evaluation must know of an attack: what it `knows` of the
+    model, over how many `draws` of a random one each step takes means, in which `norms` it is
+    defined, and whether it seeks the nearest misclassified image (`minimum_norm`), so that a radius
+    of infinity makes sense.
     """
 
     init: Callable[[Key, LogitsFn, Image, Target], PyTree]
@@ -94,6 +111,10 @@ class Iteration(NamedTuple):
     queries: Callable[[PyTree], Scalar] | None = None
     seen: Callable[[PyTree], tuple[Image, Scalar]] | None = None
     once: bool = False
+    knows: Knowledge = "gradient"
+    draws: int = 1
+    norms: tuple[Norm, ...] = ()
+    minimum_norm: bool = False
 
     def __call__(self, key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Image:
         state = self.init(key, logits_fn, image, target)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rain_jax.attacks.pgd import Aim, comparison, rival
 from rain_jax.attacks.restarts import restarted, side_by_side
 from rain_jax.checks import whole
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, dlr_targeted, margin
 from rain_jax.norms import expect, l1, l2, linf, project, random_start
 from rain_jax.types import (
@@ -27,6 +28,8 @@ from rain_jax.types import (
     Target,
     Threat,
 )
+
+_NORMS = linf, l2, l1
 
 # The first paper's constants, for L-inf and L2. A step goes three quarters of its way and a quarter
 # of the one before; of the steps in a window, more than three quarters must raise the loss; the
@@ -228,14 +231,14 @@ def adaptive_ascent(
     Raises `UsageError` for another norm, or fewer than one step.
     """
     whole("steps", steps, 1)
-    expect(threat, "Auto-PGD", linf, l2, l1)
-    estimate = exact() if estimator is None else estimator
+    expect(threat, "Auto-PGD", *_NORMS)
+    estimate = usable(estimator)
     compared = comparison(loss, aim, estimate)
     rule = _thinning(steps) if threat.norm is l1 else _halving(steps)
     last = len(rule.phases) - 1
     # In evaluations: a phase evaluates where it begins and after each of its steps.
     lengths = [length + 1 for _, length in rule.phases]
-    begins = jnp.cumulative_sum(jnp.array(lengths[:-1], jnp.int32), include_initial=True)
+    begins = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
     radii = jnp.array([radius for radius, _ in rule.phases], jnp.float32)
 
     def within_phase(phase: Array) -> Threat:
@@ -278,7 +281,7 @@ def adaptive_ascent(
 
         # --- move, or begin the next phase at the best point so far
         aims = jnp.where(fresh, state.top.image, rule.move(wide, state))
-        image = project(wide, state.clean, aims)
+        image = last_finite(project(wide, state.clean, aims), state.image)
         key = jax.random.fold_in(state.key, number)
         here, score = evaluate(logits_fn, key, image, state.target, state.against)
 
@@ -304,7 +307,10 @@ def adaptive_ascent(
     def best(logits_fn: LogitsFn, state: Adaptive) -> tuple[Image, Scalar]:
         return state.found, state.score
 
-    return Iteration(init, step, best, steps + last)
+    return Iteration(
+        init, step, best, steps + last,
+        knows=estimate.knows, draws=estimate.draws, norms=_NORMS,
+    )  # fmt: skip
 
 
 def apgd(

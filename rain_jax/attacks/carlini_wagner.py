@@ -9,7 +9,7 @@ import optax
 from rain_jax.attacks.deepfool import mean_logits
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l2, linf
 from rain_jax.types import (
@@ -26,6 +26,7 @@ from rain_jax.types import (
     Threat,
 )
 
+_NORMS = l2, linf
 # How near tanh comes to the pixel bounds: in float32 it is flat beyond, and a pixel that went
 # there would never come back.
 _END = 1.0 - 1e-6
@@ -114,13 +115,13 @@ def carlini_wagner(
     up to 20 is enough, there the search does not end: the bound goes halfway back to the smallest
     distance. At a finite radius no bound is larger than the radius.
     """
-    expect(threat, "Carlini & Wagner", l2, linf)
+    expect(threat, "Carlini & Wagner", *_NORMS)
     whole("steps", steps, 1)
     whole("searches", searches, 1, steps)
     within("step_size", step_size, above=0.0)
     within("confidence", confidence, 0.0)
     within("initial_constant", initial_constant, above=0.0)
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
     adam = optax.scale_by_adam()
     length = steps // searches
     middle, half = (threat.high + threat.low) / 2, (threat.high - threat.low) / 2
@@ -171,6 +172,7 @@ def carlini_wagner(
         steepness = half * (1.0 - jnp.tanh(state.point) ** 2)
         descent, moments = adam.update((pull + trial.constant * gradient) * steepness, state.adam)
         point = jnp.clip(state.point - size * descent, -end, end)
+        point = last_finite(point, state.point)
 
         # --- at the end of a round, plan the next one; the last one's image is the attack's last
         if threat.norm is l2:
@@ -203,4 +205,7 @@ def carlini_wagner(
         nearest = nearer(threat, state.clean, state.nearest, found, lead > confidence)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
+    return Iteration(
+        init, step, best, steps, seen=lambda state: known(threat, state.nearest),
+        knows=estimate.knows, draws=estimate.draws, norms=_NORMS, minimum_norm=True,
+    )  # fmt: skip

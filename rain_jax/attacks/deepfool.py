@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
+from rain_jax.norms import l1, l2, linf
 from rain_jax.types import (
     Array,
     Estimator,
@@ -112,7 +113,7 @@ def deepfool(
     whole("steps", steps, 1)
     whole("candidates", candidates, 2)
     within("overshoot", overshoot, 0.0)
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
 
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Fooling:
         start_key, key = jax.random.split(key)
@@ -135,6 +136,7 @@ def deepfool(
             slope, level, threat.low - state.image, threat.high - state.image
         )
         moved = jnp.clip(state.image + (1.0 + overshoot) * change, threat.low, threat.high)
+        moved = last_finite(moved, state.image)
         found = jnp.isfinite(nearest.distance)
         return state._replace(
             image=jnp.where(found, state.image, moved), nearest=nearest, done=state.done + 1
@@ -149,4 +151,7 @@ def deepfool(
         nearest = nearer(threat, state.clean, nearest, found, lead > 0)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
+    return Iteration(
+        init, step, best, steps, seen=lambda state: known(threat, state.nearest),
+        knows=estimate.knows, draws=estimate.draws, norms=(linf, l2, l1), minimum_norm=True,
+    )  # fmt: skip

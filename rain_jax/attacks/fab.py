@@ -9,7 +9,7 @@ from rain_jax.attacks.deepfool import mean_logits, nearest_boundary, wrong_class
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.attacks.restarts import side_by_side
 from rain_jax.checks import whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l1, l2, linf, random_start
 from rain_jax.types import (
@@ -24,6 +24,7 @@ from rain_jax.types import (
     Threat,
 )
 
+_NORMS = linf, l2, l1
 # Random starts are drawn within half the radius, or half of these where it is larger: what
 # AutoAttack takes where it is told none.
 _WIDEST = {linf: 0.3, l2: 1.0, l1: 5.0}
@@ -58,7 +59,7 @@ def along_boundary(
     It looks at the boundaries to all wrong classes, or with a `rank` to the wrong class of that
     rank on the clean image alone, 0 for the likeliest.
     """
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
 
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Boundaries:
         start_key, clean_key, key = jax.random.split(key, 3)
@@ -88,7 +89,8 @@ def along_boundary(
         sizes = jnp.maximum(jax.vmap(threat.norm.measure)(changes), _SMALLEST)
         alpha = jnp.minimum(sizes[0] / jnp.sum(sizes), alpha_max)
         ahead = points + eta * changes
-        moved = jnp.clip((1.0 - alpha) * ahead[0] + alpha * ahead[1], threat.low, threat.high)
+        moved = (1.0 - alpha) * ahead[0] + alpha * ahead[1]
+        moved = last_finite(jnp.clip(moved, threat.low, threat.high), image)
 
         # --- where that is across the boundary, back towards the clean image
         logits = mean_logits(estimate, logits_fn, there_key, moved)
@@ -107,13 +109,16 @@ def along_boundary(
         nearest = nearer(threat, state.clean, state.nearest, found, lead > 0)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
+    return Iteration(
+        init, step, best, steps, seen=lambda state: known(threat, state.nearest),
+        knows=estimate.knows, draws=estimate.draws, norms=_NORMS, minimum_norm=True,
+    )  # fmt: skip
 
 
 def _check(
     threat: Threat, steps: int, restarts: int, alpha_max: float, eta: float, beta: float
 ) -> None:
-    expect(threat, "FAB", linf, l2, l1)
+    expect(threat, "FAB", *_NORMS)
     whole("steps", steps, 1)
     whole("restarts", restarts, 1)
     within("alpha_max", alpha_max, 0.0, 1.0)

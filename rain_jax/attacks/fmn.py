@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rain_jax.attacks.deepfool import mean_logits
 from rain_jax.attacks.nearest import Nearest, known, nearer, none_yet, score, within_threat
 from rain_jax.checks import whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, margin
 from rain_jax.norms import expect, l1, l2, linf, project
 from rain_jax.types import (
@@ -21,6 +21,7 @@ from rain_jax.types import (
     Logits,
     LogitsFn,
     Loss,
+    Norm,
     Scalar,
     Target,
     Threat,
@@ -53,6 +54,7 @@ class Seen(NamedTuple):
 def _search(
     threat: Threat,
     *,
+    norms: tuple[Norm, ...],
     steps: int,
     step_size: float,
     loss: Loss,
@@ -67,7 +69,7 @@ def _search(
     """
     whole("steps", steps, 1)
     within("step_size", step_size, above=0.0)
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
 
     def init(key: Key, logits_fn: LogitsFn, image: Image, target: Target) -> Shell:
         radius = jnp.float32(first_radius)
@@ -92,7 +94,8 @@ def _search(
         most = jnp.minimum(farthest, threat.radius)
         radius = jnp.minimum(resize(state, Seen(lead, gradient, annealed)), most)
         size = step_size * (_LAST_STEP + (1.0 - _LAST_STEP) * annealed)
-        image = onto(state.clean, state.image + size * l2.steepest(gradient), radius)
+        moved = onto(state.clean, state.image + size * l2.steepest(gradient), radius)
+        image = last_finite(moved, state.image)
         return state._replace(image=image, radius=radius, done=state.done + 1)
 
     def best(logits_fn: LogitsFn, state: Shell) -> tuple[Image, Scalar]:
@@ -108,7 +111,10 @@ def _search(
         nearest, lead = judge(nearest, found)
         return found, score(threat, nearest, lead)
 
-    return Iteration(init, step, best, steps, seen=lambda state: known(threat, state.nearest))
+    return Iteration(
+        init, step, best, steps, seen=lambda state: known(threat, state.nearest),
+        knows=estimate.knows, draws=estimate.draws, norms=norms, minimum_norm=True,
+    )  # fmt: skip
 
 
 def fmn(
@@ -127,7 +133,8 @@ def fmn(
     at the nearest point of ball and pixel bounds together, where the paper projects onto one after
     the other. At a finite radius the ball is never larger than the threat's.
     """
-    expect(threat, "FMN", linf, l2, l1)
+    norms = linf, l2, l1
+    expect(threat, "FMN", *norms)
     within("gamma", gamma, _LAST_GAMMA, below=1.0)
     norm = threat.norm
 
@@ -146,7 +153,7 @@ def fmn(
         return project(threat._replace(radius=radius), clean, image)
 
     return _search(
-        threat, steps=steps, step_size=step_size, loss=margin, first_radius=math.inf,
+        threat, norms=norms, steps=steps, step_size=step_size, loss=margin, first_radius=math.inf,
         resize=resize, onto=onto, estimator=estimator,
     )  # fmt: skip
 
@@ -179,6 +186,6 @@ def ddn(
         return jnp.clip(sphere, threat.low, threat.high)
 
     return _search(
-        threat, steps=steps, step_size=step_size, loss=cross_entropy, first_radius=initial_radius,
-        resize=resize, onto=onto, estimator=estimator,
+        threat, norms=(l2,), steps=steps, step_size=step_size, loss=cross_entropy,
+        first_radius=initial_radius, resize=resize, onto=onto, estimator=estimator,
     )  # fmt: skip

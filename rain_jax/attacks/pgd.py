@@ -9,9 +9,9 @@ import optax
 
 from rain_jax.attacks.restarts import restarted, side_by_side
 from rain_jax.checks import UsageError, one_of, pixel_distance, whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
-from rain_jax.norms import expect, l1, linf, project, steepest
+from rain_jax.norms import expect, l1, l2, linf, project, steepest
 from rain_jax.types import (
     Array,
     Estimator,
@@ -34,6 +34,7 @@ Start = Literal["uniform", "sign", "normal", "clean"]
 Climber = Literal["steepest", "adam"]
 Goal = Literal["untargeted", "likeliest", "least_likely", "random"]
 
+_NORMS = linf, l2, l1
 # The spread of the normal start, TRADES' own (arXiv:1901.08573).
 _NEARBY = 1e-3
 # Adam's guard against division by zero. At its usual 1e-8 the gradients of a confident model, which
@@ -125,7 +126,7 @@ def ascent(
         expect(threat, "start='sign'", linf)
     if loss is kl and start == "clean":
         raise UsageError("start='clean': expected uniform or normal: KL has no gradient there")
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
     compared = comparison(loss, aim, estimate)
 
     def judged(logits_fn: LogitsFn, against: Target) -> Any:
@@ -170,6 +171,7 @@ def ascent(
             state = judge(state, logits)
         change, climbed = climb.update(gradient, state.climb, state.image)
         moved = project(threat, state.clean, state.image + change)
+        moved = last_finite(moved, state.image)
         return state._replace(image=moved, climb=climbed, done=state.done + 1)
 
     def best(logits_fn: LogitsFn, state: Ascent) -> tuple[Image, Scalar]:
@@ -186,6 +188,7 @@ def ascent(
     return Iteration(
         init, step, best, steps,
         seen=seen if keep == "best" else None, once=estimator is None,
+        knows=estimate.knows, draws=estimate.draws, norms=_NORMS,
     )  # fmt: skip
 
 

@@ -116,4 +116,7 @@ def rays(threat: Threat, *, queries: int = 10000) -> Iteration:
         # and a look at the pulled image would be a query that nobody counts.
         return image, score(threat, state.nearest, -state.nearest.distance)
 
-    return Iteration(init, step, best, queries, lambda state: state.asked)
+    return Iteration(
+        init, step, best, queries, lambda state: state.asked,
+        knows="label", norms=(linf,), minimum_norm=True,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Several runs, or several attacks, side by side; the one that got furthest is the answer."""
 
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, whole
-from rain_jax.types import Image, Iteration, Key, LogitsFn, PyTree, Scalar, Target
+from rain_jax.types import Image, Iteration, Key, Knowledge, LogitsFn, PyTree, Scalar, Target
 
 
 def side_by_side(
@@ -48,9 +49,9 @@ def side_by_side(
         return jnp.sum(over(states, lambda attack, state: attack.queries(state)))  # type: ignore[misc]
 
     one = run(0)
-    return Iteration(
-        init, step, best, steps,
-        None if one.queries is None else queries, None if one.seen is None else seen,
+    return one._replace(
+        init=init, step=step, best=best, steps=steps, once=False,
+        queries=None if one.queries is None else queries, seen=None if one.seen is None else seen,
     )  # fmt: skip
 
 
@@ -95,4 +96,11 @@ def together(*attacks: Iteration) -> Iteration:
         place = jnp.argmax(jnp.stack(scores))
         return jnp.stack(images)[place], jnp.stack(scores)[place]
 
-    return Iteration(init, step, best, attacks[0].steps)
+    known: tuple[Knowledge, ...] = typing.get_args(Knowledge)  # the most first
+    return Iteration(
+        init, step, best, attacks[0].steps,
+        knows=min((attack.knows for attack in attacks), key=known.index),
+        draws=min(attack.draws for attack in attacks),
+        norms=tuple(n for n in attacks[0].norms if all(n in attack.norms for attack in attacks)),
+        minimum_norm=all(attack.minimum_norm for attack in attacks),
+    )  # fmt: skip

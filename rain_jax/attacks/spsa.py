@@ -52,7 +52,9 @@ def counted(attack: Iteration, *, draws: int, answers: int) -> Iteration:
     def seen(state: Asking) -> tuple[Image, Scalar]:
         return state.ascent.found, state.ascent.score
 
-    return Iteration(init, step, best, attack.steps, lambda state: state.asked, seen)
+    return attack._replace(
+        init=init, step=step, best=best, queries=lambda state: state.asked, seen=seen
+    )
 
 
 def nes(

@@ -165,7 +165,8 @@ def square(
 
     Raises `UsageError` for another norm.
     """
-    expect(threat, "the Square attack", linf, l2)
+    norms = linf, l2
+    expect(threat, "the Square attack", *norms)
     within("share", share, above=0.0, high=1.0)
     whole("answers", answers, 1)
     whole("queries", queries, 2 * answers)
@@ -210,5 +211,8 @@ def square(
         return state.image, state.score
 
     # The first image is no step.
-    attack = Iteration(init, step, best, tries - 1, lambda state: answers * state.tried)
+    attack = Iteration(
+        init, step, best, tries - 1, lambda state: answers * state.tried,
+        knows="logits", draws=answers, norms=norms,
+    )  # fmt: skip
     return restarted(attack, restarts)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rain_jax.attacks.deepfool import mean_logits, nearest_boundary, wrong_classes
 from rain_jax.checks import one_of, whole, within
-from rain_jax.gradients import exact
+from rain_jax.gradients import usable
 from rain_jax.losses import cross_entropy, margin, targeted
 from rain_jax.norms import expect, l2, linf
 from rain_jax.types import (
@@ -130,7 +130,7 @@ def _universal(
     within("overshoot", overshoot, 0.0)
     whole("batch_size", batch_size, 1)
     size = _STEP * threat.radius if step_size is None else within("step_size", step_size, above=0.0)
-    estimate = exact() if estimator is None else estimator
+    estimate = usable(estimator)
     euclidean, span = threat._replace(norm=l2), threat.high - threat.low
 
     def search(key: Key, logits_fn: LogitsFn, images: Array, target: Array) -> Found:

@@ -12,6 +12,7 @@ from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.counts import (
     Proportion,
     curve,
+    in_some_draw,
     join,
     nobody,
     proportion,
@@ -56,6 +57,7 @@ __all__ = [
     "cost",
     "curve",
     "evaluator",
+    "in_some_draw",
     "join",
     "judge",
     "judging",

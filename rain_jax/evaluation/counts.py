@@ -30,6 +30,15 @@ def standing(judgement: Judgement) -> np.ndarray:
     return np.asarray(judgement.right | ~judgement.allowed)
 
 
+def in_some_draw(judgement: Judgement) -> np.ndarray:
+    """Images [N] bool that some draw of the classifier still gets right: what is left to attack.
+
+    Of a random model whose mean is wrong, an attack can still lower the share of the draws that are
+    right. Of a fixed one it is `standing`.
+    """
+    return np.asarray((judgement.share > 0) | ~judgement.allowed)
+
+
 def worst_case(clean: Judgement, attacked: Iterable[Judgement]) -> np.ndarray:
     """Images [N] bool that are right as they are and stand after every attack.
 

@@ -3,6 +3,7 @@
 One program for each attack and norm serves all of them: what they change are numbers to it.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 
 from rain_jax import attacks
 from rain_jax.checks import UsageError
+from rain_jax.evaluation import cost
 from rain_jax.norms import allowed, l1, l2, linf
 from rain_jax.types import Threat
 
@@ -36,13 +38,6 @@ SMALL = {
     "rays": lambda threat: attacks.rays(threat, queries=40),
     "spsa": lambda threat: attacks.spsa(threat, steps=3, draws=4),
     "square": lambda threat: attacks.square(threat, queries=20),
-}
-# The norms that an attack is defined for, where those are not all three.
-NORMS_OF = {
-    "carlini_wagner": (linf, l2),
-    "ddn": (l2,),
-    "rays": (linf,),
-    "square": (linf, l2),
 }
 NORMS = pytest.mark.parametrize("norm", [linf, l2, l1], ids=["linf", "l2", "l1"])
 RADIUS = {id(linf): 0.1, id(l2): 0.5, id(l1): 2.0}
@@ -79,12 +74,27 @@ def constant(key, image):
     return jnp.array([1.0] + [0.0] * (CLASSES - 1))
 
 
+def hollow(pixel, whole):
+    """Zero, by the usual mistake: where `whole` is 0 and not 1, the pixel's gradient is NaN."""
+    hidden = whole + whole * (1.0 - whole) * pixel
+    return jnp.where(hidden > 0, jnp.sqrt(hidden), 0.0) - whole
+
+
+@functools.cache
+def declared(name):
+    """The attack on some threat, for what it says of itself."""
+    for norm in (linf, l2):
+        with contextlib.suppress(UsageError):
+            return SMALL[name](Threat(norm, 1.0))
+    raise AssertionError(f"{name} is defined neither in linf nor in l2")
+
+
 def first_norm(name):
-    return NORMS_OF.get(name, (linf,))[0]
+    return linf if linf in declared(name).norms else l2
 
 
 def last_norm(name):
-    return NORMS_OF.get(name, (l2,))[-1]
+    return l2 if l2 in declared(name).norms else linf
 
 
 class Progress(NamedTuple):
@@ -104,17 +114,19 @@ class Answers(NamedTuple):
 def program(name, norm):
     """Compiled once for all laws, for all images side by side; and how often it was traced.
 
-    The radius, the pixel bounds and the model's steepness, zero for a constant one, are traced.
+    The radius, the pixel bounds and the model's steepness, zero for a constant one, are traced; so
+    is `whole`, without which the model has no gradient at some pixels.
     """
     traces = []
 
     @jax.jit
-    def many(radius, low, high, steepness, keys, images, labels):
+    def many(radius, low, high, steepness, whole, keys, images, labels):
         traces.append(radius)
         attack = SMALL[name](Threat(norm, radius, low, high))
 
         def model(key, image):
-            return steepness * logits_fn(key, image) + (1.0 - steepness) * constant(key, image)
+            logits = steepness * logits_fn(key, image) + (1.0 - steepness) * constant(key, image)
+            return logits + hollow(image[0, 0, 0], whole)
 
         def one(key, image, label):
             if getattr(attack, "seen", None) is None:
@@ -136,9 +148,12 @@ def program(name, norm):
     return many, traces
 
 
-def run(name, norm, radius, low=0.0, high=1.0, *, steepness=1.0, images=IMAGES, labels=LABELS):
+def run(
+    name, norm, radius, low=0.0, high=1.0, *,
+    steepness=1.0, whole=1.0, images=IMAGES, labels=LABELS,
+):  # fmt: skip
     many, _ = program(name, norm)
-    answers = many(radius, low, high, steepness, KEYS, images, labels)
+    answers = many(radius, low, high, steepness, whole, KEYS, images, labels)
     return jax.tree.map(np.asarray, answers)
 
 
@@ -182,7 +197,7 @@ def test_every_attack_is_listed():
 
 @NORMS
 def test_stays_in_the_threat(name, norm):
-    if norm not in NORMS_OF.get(name, (linf, l2, l1)):
+    if norm not in declared(name).norms:
         with pytest.raises(UsageError, match=r"norm=.*expects"):
             SMALL[name](Threat(norm, 1.0))
         return
@@ -216,7 +231,7 @@ def test_same_key_same_bits(name):
 
 
 def test_other_keys_other_starts(name):
-    if name in (*attacks.MINIMUM_NORM, "fgsm", "mi_fgsm"):
+    if declared(name).minimum_norm or name in ("fgsm", "mi_fgsm"):
         pytest.skip("starts at the image itself by default")
     same = np.broadcast_to(IMAGES[:1], IMAGES.shape)
     found = run(name, first_norm(name), 0.1, images=same, labels=np.zeros_like(LABELS)).image
@@ -250,6 +265,23 @@ def test_a_model_without_gradients_yields_finite_images(name):
     alone = jax.jit(lambda key, image: attack(key, constant, image, 0))(KEYS[0], IMAGES[0])
     assert alone.shape == SHAPE
     assert np.all(np.isfinite(alone))
+
+
+def test_it_uses_of_the_model_what_it_declares(name):
+    attack = declared(name)
+    parts = cost(attack, SHAPE, CLASSES)[:3]  # to begin, of a step, and at the end
+    assert any(part.backward > 0 for part in parts) == (attack.knows == "gradient")
+    assert any(part.forward > 0 for part in parts) == (attack.knows != "nothing")
+
+
+def test_where_gradients_are_not_numbers_the_other_pixels_are_climbed(name):
+    norm = last_norm(name)
+    found = run(name, norm, 0.5, whole=0.0).image
+    assert np.all((found >= 0) & (found <= 1))  # of which not-a-number is neither
+    assert np.all(judge(norm)(0.5, IMAGES, found))
+    moved = np.any((found != IMAGES).reshape(COUNT, -1)[:, 2:], axis=1)
+    usual = np.any((run(name, norm, 0.5).image != IMAGES).reshape(COUNT, -1), axis=1)
+    assert np.mean(moved) > 0.9 * np.mean(usual) > 0
 
 
 def test_what_was_seen_on_the_way_is_true_and_never_more_than_the_end(name):
