@@ -17,10 +17,10 @@ import numpy as np
 from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
 from experiments.defended import logits_fn_of
-from experiments.logs import Progress
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
 from rain_jax.defences import tables
+from rain_jax.logs import Progress
 from rain_jax.parallel import initialise, round_up
 from rain_jax.types import AxisName, Batch, Key, PyTree
 

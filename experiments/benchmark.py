@@ -35,9 +35,9 @@ from experiments.benching import attacking, convolutions, first, images, machine
 from experiments.benching.clock import Once, Peaks, Row, cpus, measure
 from experiments.cli import run
 from experiments.configuring import plain
-from experiments.logs import provenance, table, write_json
 from experiments.schema import call, convert, filled
 from rain_jax.checks import UsageError, nearest, one_of, within
+from rain_jax.logs import provenance, table, write_json
 from rain_jax.parallel import initialise
 
 # "peak" comes before all others and always runs, since their lines tell a fraction of it.

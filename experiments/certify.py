@@ -24,10 +24,8 @@ import numpy as np
 from experiments import build, cache, configuring, workdir
 from experiments.cli import run
 from experiments.defended import UNDEFENDED, logits_fn_of
-from experiments.journal import digest_of, sample_of
 from experiments.lines import append, read
 from experiments.loading import check_finite, load
-from experiments.logs import Progress, provenance, table, write_json
 from experiments.measure import key_of
 from experiments.report import percent
 from experiments.schema import call, filled
@@ -35,6 +33,8 @@ from rain_jax import data, evaluation
 from rain_jax.checks import UsageError, nearest, within
 from rain_jax.data.source import subset
 from rain_jax.evaluation import smoothing
+from rain_jax.evaluation.resume import digest_of, sample_of
+from rain_jax.logs import Progress, provenance, table, write_json
 from rain_jax.parallel import initialise, round_up
 from rain_jax.types import PyTree
 

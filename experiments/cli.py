@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from experiments import configuring, memory
 from rain_jax.checks import UsageError, nearest
+from rain_jax.evaluation.room import exhausted
 from rain_jax.keys import unroll_threefry
 from rain_jax.training import Diverged
 
@@ -236,7 +237,7 @@ def run(
         # A full disk or a lost mount is no bug of ours: say which file, not where in the code.
         _leave(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 2, loud)
     except jax.errors.JaxRuntimeError as error:
-        if not memory.exhausted(error):
+        if not exhausted(error):
             raise
         _leave(f"error: {memory.told(error)}", 2, loud)
     except KeyboardInterrupt:

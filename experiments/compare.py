@@ -25,9 +25,9 @@ from experiments.comparing.draws import random_model
 from experiments.comparing.speed import speed
 from experiments.comparing.strength import strength
 from experiments.comparing.subject import subject
-from experiments.journal import digest_of
-from experiments.logs import provenance, table, write_json
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.evaluation.resume import digest_of
+from rain_jax.logs import provenance, table, write_json
 from rain_jax.parallel import initialise
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.logs import table
 from experiments.record import counted
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
+from rain_jax.logs import table
 
 Cell = tuple[str, int]  # family and severity
 Seen = dict[Cell, np.ndarray]  # how right a model is about each image [N] of each cell

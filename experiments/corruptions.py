@@ -31,17 +31,17 @@ from experiments.corrupted import batch_of, cell_key, constants_of, frost_of, ro
 from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
 from experiments.defended import logits_fn_of
-from experiments.journal import code, digest, digest_of, sample_of
 from experiments.lines import append, read
-from experiments.logs import Progress, provenance, write_json
 from experiments.schema import call, filled
 from rain_jax import data, evaluation
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.evaluation.resume import code, digest, digest_of, sample_of
 from rain_jax.image.corruptions import (
     FAMILIES,
     SEVERITIES,
     Corruption,
 )
+from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import (
     Devices,
     image_keys,
@@ -259,7 +259,7 @@ def identity(asked: Corruptions, model: Model, source: data.Source, size: int) -
         "model": [model.step, model.digest, model.experiment.evaluation.draws],
         "network": {n: model.experiment.config[n] for n in ("network", "defence", "ensemble")},
         "condition": model.experiment.evaluation.condition,
-        "code": code(),
+        "code": code(Path(__file__).parent),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }

@@ -22,12 +22,12 @@ import numpy as np
 from experiments import build, cache, proof, record, report, sanity, steps, workdir
 from experiments.cli import run
 from experiments.defended import RUN
-from experiments.journal import Journal
 from experiments.loading import check_finite, load
-from experiments.logs import Progress
-from experiments.measure import SHOWN, Column, Measured, evaluation_key, measure
+from experiments.measure import evaluation_key, measure
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.evaluation.resume import Journal
+from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
 from rain_jax.types import PyTree
 
@@ -78,8 +78,8 @@ def evaluate(
         name,
         measured.clean,
         measured.adversarial,
-        clean.label[:SHOWN],
-        clean.prediction[:SHOWN],
+        clean.label[: evaluation.SHOWN],
+        clean.prediction[: evaluation.SHOWN],
         measured.adversarial_prediction,
     )
     apart = ("clean", *measured.checks)
@@ -87,7 +87,7 @@ def evaluate(
     counts = {
         ("+ " if measured.cascade and title in after else "") + title:
         evaluation.proportion(share)
-        for title, share in measured.stands.items()
+        for title, share in measured.robust.items()
     }  # fmt: skip
     notes = tuple(_distance(title, column) for title, column in measured.distances.items())
     if proven is not None:
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def proven_of(
-    experiment: build.Experiment, measured: Measured, variables: PyTree, name: str
+    experiment: build.Experiment, measured: evaluation.EvaluationRun, variables: PyTree, name: str
 ) -> proof.Proof | None:
     """What the checks say of an evaluation that climbs the ladder; None of others."""
     budget = experiment.ladder
@@ -120,7 +120,7 @@ def proven_of(
             experiment, budget, devices.replicate(variables), key, devices
         )
         bar.advance(1)
-    accuracy = {title: float(np.mean(share)) for title, share in measured.stands.items()}
+    accuracy = {title: float(np.mean(share)) for title, share in measured.robust.items()}
     margins = {
         title: float(np.mean(column.judgement.margin)) for title, column in measured.columns.items()
     }
@@ -141,7 +141,7 @@ def _not_climbed(experiment: build.Experiment) -> list[str]:
     return found
 
 
-def _distance(title: str, column: Column) -> str:
+def _distance(title: str, column: evaluation.ColumnResult) -> str:
     """What a minimum-norm attack found, in a line."""
     lost = ~evaluation.standing(column.judgement)
     found = f"{title} found a way to misclassify {np.sum(lost):,} of {len(lost):,} right images"

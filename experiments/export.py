@@ -30,10 +30,10 @@ from jax.interpreters import partial_eval
 
 from experiments import build, cache, configuring, loading, workdir
 from experiments.cli import run
-from experiments.logs import provenance, write_json
 from experiments.schema import call
 from rain_jax import data
 from rain_jax.checks import UsageError
+from rain_jax.logs import provenance, write_json
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import image_keys, initialise
 from rain_jax.types import Array, Network, Variables

@@ -20,12 +20,12 @@ import numpy as np
 from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
 from experiments.defended import UNDEFENDED, logits_fn_of
-from experiments.logs import Progress, provenance, write_json
 from experiments.schema import make
 from rain_jax import data, defences, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.defences.network import parts_of
 from rain_jax.image import band_energy, low_pass, radial_spectrum
+from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import (
     image_keys,
     initialise,

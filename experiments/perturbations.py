@@ -11,11 +11,11 @@ import numpy as np
 
 from experiments import build, measure
 from experiments.defended import logits_fn_of
-from experiments.logs import Progress
 from rain_jax import data, evaluation
 from rain_jax.attacks.universal import Found, Universal, boundary_first, tup
 from rain_jax.checks import UsageError, pixel_distance, within
 from rain_jax.data.source import subset
+from rain_jax.logs import Progress
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, image_keys, round_up, rows_of_process
 from rain_jax.types import Array, AxisName, Batch, Image, Key, Threat, Variables

@@ -34,7 +34,6 @@ from experiments import (
     workdir,
 )
 from experiments.cli import run
-from experiments.logs import provenance, table, write_json
 from experiments.perturbations import (
     Made,
     Rounds,
@@ -49,6 +48,7 @@ from experiments.perturbations import (
 from experiments.schema import call, filled, make
 from rain_jax import methods
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.logs import provenance, table, write_json
 from rain_jax.methods.rat import carrying, with_perturbations, without_perturbations
 from rain_jax.parallel import Devices, initialise, with_statistics
 from rain_jax.types import Variables

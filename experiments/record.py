@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from experiments import build
-from experiments.logs import provenance, write_json
-from experiments.measure import Column, Measured
 from experiments.proof import Check
 from experiments.schema import filled_member
 from rain_jax import evaluation, norms
 from rain_jax.attacks import suites
+from rain_jax.evaluation import ColumnResult, EvaluationRun
+from rain_jax.logs import provenance, write_json
 
 # What a radius and a distance are measured in.
 UNIT = "pixels in [0, 1]"
@@ -25,7 +25,9 @@ UNIT = "pixels in [0, 1]"
 _PART = 1024
 
 
-def write(folder: Path, record: dict[str, Any], measured: Measured, *, save_images: bool) -> None:
+def write(
+    folder: Path, record: dict[str, Any], measured: EvaluationRun, *, save_images: bool
+) -> None:
     """Writes all of it into the run's folder."""
     arrays: dict[str, Any] = {
         f"{title}/{field}": np.asarray(value)
@@ -70,13 +72,13 @@ def write(folder: Path, record: dict[str, Any], measured: Measured, *, save_imag
 
 def described(
     experiment: build.Experiment,
-    measured: Measured,
+    measured: EvaluationRun,
     name: str,
     step: int,
     checks: Sequence[Check] | None,
 ) -> dict[str, Any]:
     """What evaluation.json says; of `checks` None, that none were made."""
-    stands = {title: counted(share) for title, share in measured.stands.items()}
+    stands = {title: counted(share) for title, share in measured.robust.items()}
     clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
     attacks = experiment.evaluation.attacks
@@ -137,7 +139,7 @@ def described(
     }
 
 
-def model_info(experiment: build.Experiment, measured: Measured) -> dict[str, Any]:
+def model_info(experiment: build.Experiment, measured: EvaluationRun) -> dict[str, Any]:
     """The fields of RobustBench's `ModelInfo`, accuracies in per cent; None where only people know.
 
     `autoattack_acc` is there where all of AutoAttack ran, at its own budgets, and nothing beside
@@ -147,7 +149,7 @@ def model_info(experiment: build.Experiment, measured: Measured) -> dict[str, An
     evaluated = experiment.evaluation
     suite = "rand" if experiment.network.random else "standard"
     whole = evaluated.suite == filled_member(suites, {"name": suite}) and not evaluated.attacks
-    accuracy = {title: 100 * float(np.mean(share)) for title, share in measured.stands.items()}
+    accuracy = {title: 100 * float(np.mean(share)) for title, share in measured.robust.items()}
     return {
         **dict.fromkeys(("link", "name", "authors", "venue", "reported", "footnote")),
         "additional_data": spec["data"]["extra"] is not None,
@@ -162,7 +164,7 @@ def model_info(experiment: build.Experiment, measured: Measured) -> dict[str, An
     }
 
 
-def broken_at(measured: Measured) -> np.ndarray:
+def broken_at(measured: EvaluationRun) -> np.ndarray:
     """How far from each image [N] lay what broke it first (`broken_by`); NaN where nothing did."""
     found = np.full(len(measured.broken_by), np.nan, np.float32)
     places = {int(index): n for n, index in enumerate(measured.columns["clean"].judgement.index)}
@@ -174,7 +176,7 @@ def broken_at(measured: Measured) -> np.ndarray:
     return found
 
 
-def _over_draws(experiment: build.Experiment, column: Column | None) -> dict[str, float]:
+def _over_draws(experiment: build.Experiment, column: ColumnResult | None) -> dict[str, float]:
     """Of a random model: how often its mean, and how often all of its draws, are right."""
     if not experiment.network.random or column is None:
         return {}
@@ -188,7 +190,7 @@ def _of_draws(judgement: evaluation.Judgement) -> dict[str, float]:
     }
 
 
-def near_boundary(measured: Measured) -> int:
+def near_boundary(measured: EvaluationRun) -> int:
     """How many images were judged within rounding of the boundary, in a column that counts."""
     near = np.zeros(len(measured.columns["clean"].judgement.index), bool)
     columns = [c for title, c in measured.columns.items() if title not in measured.checks]
@@ -199,12 +201,12 @@ def near_boundary(measured: Measured) -> int:
     return int(np.sum(near))
 
 
-def _near(column: Column) -> dict[str, int]:
+def _near(column: ColumnResult) -> dict[str, int]:
     """How many of a column's verdicts are of images within rounding of the boundary."""
     return {"near_boundary": int(np.sum(column.judgement.near_boundary))}
 
 
-def _told(column: Column) -> dict[str, Any]:
+def _told(column: ColumnResult) -> dict[str, Any]:
     """An attack's own figures, over the images that it was given."""
     judgement = column.judgement
     if not len(judgement.index):
@@ -226,7 +228,7 @@ def _told(column: Column) -> dict[str, Any]:
     return told
 
 
-def _cost(column: Column) -> dict[str, Any]:
+def _cost(column: ColumnResult) -> dict[str, Any]:
     """What a column took: time, and passes of the model where they can be counted."""
     told: dict[str, Any] = {"seconds": column.seconds}
     if column.passes is not None:
@@ -235,7 +237,7 @@ def _cost(column: Column) -> dict[str, Any]:
     return told
 
 
-def _broken_by(measured: Measured) -> dict[str, int]:
+def _broken_by(measured: EvaluationRun) -> dict[str, int]:
     """How many images fell to each column first, those that are wrong as they are to `clean`."""
     first = measured.broken_by
     return {
@@ -245,7 +247,7 @@ def _broken_by(measured: Measured) -> dict[str, int]:
     }
 
 
-def _curve(clean: evaluation.Judgement, column: Column, radius: float) -> dict[str, Any]:
+def _curve(clean: evaluation.Judgement, column: ColumnResult, radius: float) -> dict[str, Any]:
     """The accuracy at every radius, by one minimum-norm attack; and the median distance."""
     radii = np.linspace(0, 2 * radius, 33)
     judgement = column.judgement

@@ -21,9 +21,9 @@ import numpy as np
 from experiments import build, cache, loading, measure, report, workdir
 from experiments.cli import run
 from experiments.defended import logits_fn_of
-from experiments.logs import Progress
 from rain_jax import data, evaluation, norms
 from rain_jax.checks import UsageError
+from rain_jax.logs import Progress
 from rain_jax.parallel import initialise, round_up
 
 # Standard errors by which two counts over other draws may differ.

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS
-from experiments.logs import table
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import Proportion
+from rain_jax.logs import table
 
 # Columns that fit on a line of the table.
 WIDE = 6

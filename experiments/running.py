@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.logs import MetricsLog
 from experiments.settings import Plan
 from experiments.steps import Task, keys_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.logs import MetricsLog
 from rain_jax.parallel import Devices
 from rain_jax.types import Batch, Key, Method, PyTree, Variables
 

@@ -22,6 +22,7 @@ from experiments.defended import RUN, UNDEFENDED, logits_fn_of
 from experiments.proof import LEFT, SILENT, Check, Slopes, above, slopes
 from rain_jax import attacks, data, evaluation, norms
 from rain_jax.checks import UsageError
+from rain_jax.evaluation import EvaluationRun
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import choose_devices
@@ -186,7 +187,7 @@ def far_radius(threat: Threat, shape: tuple[int, ...]) -> float:
     return (threat.high - threat.low) / 2 * math.prod(shape) ** (1 / threat.norm.order)
 
 
-def flags(experiment: build.Experiment, measured: measure.Measured, probe: Probe) -> list[Check]:
+def flags(experiment: build.Experiment, measured: EvaluationRun, probe: Probe) -> list[Check]:
     """What must be so before a number is believed, and whether it is."""
     found = _of_the_model(probe) + _of_the_rules(experiment)
     # Where nothing may be changed, no attack can be too weak.
@@ -253,7 +254,7 @@ def _of_the_rules(experiment: build.Experiment) -> list[Check]:
 
 
 def _of_the_attacks(
-    experiment: build.Experiment, measured: measure.Measured, probe: Probe
+    experiment: build.Experiment, measured: EvaluationRun, probe: Probe
 ) -> list[Check]:
     """Whether the attacks of the evaluation did what attacks like them can do."""
     clean, random = measured.columns["clean"].judgement, experiment.network.random
@@ -305,13 +306,13 @@ def _of_the_attacks(
         ))  # fmt: skip
     found += _of_lengths(experiment, measured, {title: left[title] for title in white})
     if counted:
-        whole = [share for title, share in measured.stands.items() if title not in measured.checks]
+        whole = [share for title, share in measured.robust.items() if title not in measured.checks]
         found += _of_others(measured, probe, whole[-1], random, float(experiment.threat.radius))
     return found
 
 
 def _of_lengths(
-    experiment: build.Experiment, measured: measure.Measured, left: Mapping[str, float]
+    experiment: build.Experiment, measured: EvaluationRun, left: Mapping[str, float]
 ) -> list[Check]:
     """Attacks beside those of fewer steps, where each is given all images.
 
@@ -343,7 +344,11 @@ def _of_lengths(
 
 
 def _of_others(
-    measured: measure.Measured, probe: Probe, stands: np.ndarray, random: bool, radius: float
+    measured: EvaluationRun,
+    probe: Probe,
+    stands: np.ndarray,
+    random: bool,
+    radius: float,
 ) -> list[Check]:
     """Whether what `stands` [N] in the end falls to a short attack, or to one without a radius."""
     share, name = probe.share[0], f"PGD-{_STEPS}"

@@ -26,12 +26,12 @@ import numpy as np
 
 from experiments import build, cache, configuring, workdir
 from experiments.cli import run
-from experiments.logs import provenance, table, write_json
 from experiments.scaling_counts import programs, roofline
 from experiments.scaling_counts.programs import Counts
 from experiments.scaling_counts.roofline import MACHINES, Machine, Paper
 from experiments.schema import call, filled
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.logs import provenance, table, write_json
 from rain_jax.models.residual import REMATS
 
 

@@ -34,7 +34,6 @@ import numpy as np
 from experiments import build, cache, configuring, train, workdir
 from experiments.cli import run
 from experiments.lines import append, read
-from experiments.logs import Progress, provenance, write_json
 from experiments.proof import Check
 from experiments.sweeping import grid, ledger, side_by_side, told
 from experiments.sweeping.grid import Asked, Cell
@@ -42,6 +41,7 @@ from experiments.sweeping.lanes import Measured, Measurer
 from experiments.sweeping.plan import Plan
 from rain_jax import norms
 from rain_jax.checks import UsageError
+from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import initialise
 
 # The programs that a sweep is made of, by the names of their functions in `evaluation`.

@@ -21,13 +21,13 @@ import numpy as np
 from experiments import build, cache, evaluate, report, start, workdir
 from experiments.cli import Interrupt, Stopped, run
 from experiments.defended import logits_fn_of
-from experiments.logs import MetricsLog, Progress
 from experiments.running import Member, Running, Validator, begun_or_restored, forget_ahead
 from experiments.settings import Plan
 from experiments.steps import Task, feed, in_dispatches, keys_of, make_step, plan_of
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.logs import MetricsLog, Progress
 from rain_jax.parallel import (
     Devices,
     check_batch_size,

@@ -21,11 +21,11 @@ import optax
 from experiments import cache, loading, running, settings, train, workdir
 from experiments.cli import run
 from experiments.configuring import plain
-from experiments.logs import MetricsLog, provenance, table, write_json
 from experiments.schema import call, convert, filled, filled_member, located, make
 from rain_jax import data, optimisers, schedules, training
 from rain_jax.checks import UsageError, nearest, within
 from rain_jax.image import to_even
+from rain_jax.logs import MetricsLog, provenance, table, write_json
 from rain_jax.methods.upscaling import DOWN, psnr, upscaling
 from rain_jax.models import upscalers
 from rain_jax.parallel import (

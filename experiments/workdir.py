@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.logs import provenance, write_json
 from rain_jax.checks import UsageError
+from rain_jax.logs import provenance, write_json
 
 # What may change between two starts of one run: it does not change what is learnt.
 _FREE = (

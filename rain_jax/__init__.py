@@ -1,7 +1,23 @@
 """Adversarially robust image classification in JAX: train, defend and measure honestly.
 
-Start at `types`, the words that everything here uses. `attacks`, `methods` and `models` are
-registries: what their `__all__` names can be named in a config.
+`rain_jax.evaluate` measures how robust a model is. Start at `types`, the words that everything here
+uses. `attacks`, `methods` and `models` are registries: what their `__all__` names can be named in a
+config.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is behind a name when it is asked for, so that importing parts stays quick."""
+    if name == "evaluate":
+        from rain_jax.evaluation.call import evaluate
+
+        return evaluate
+    if name == "Threat":
+        from rain_jax.types import Threat
+
+        return Threat
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

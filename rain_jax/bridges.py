@@ -135,6 +135,8 @@ def _handed(rows: Array, like: torch.Tensor) -> torch.Tensor:
 def from_torch(module: torch.nn.Module, *, random: bool = False) -> LogitsFn:
     """A module of images [N, C, H, W] in [0, 1] to logits [N, K], as a function of one image.
 
+    Its output may also have them as `logits`, as that of a classifier of Hugging Face has.
+
     However often `jax.vmap` maps it (restarts, draws, a batch), PyTorch gets all images in one
     call; `jit`, `scan` and `shard_map` work too, the devices then taking turns at the one module.
     The module is put into evaluation mode and stays on the device of its first parameter, outside
@@ -197,6 +199,11 @@ class _Kept(NamedTuple):
     logits: torch.Tensor
 
 
+def _logits_of(output: Any) -> Any:
+    """A module's logits, which those of Hugging Face have in an attribute."""
+    return getattr(output, "logits", output)
+
+
 class _Theirs:
     """The module as functions of NumPy arrays with any number of leading axes."""
 
@@ -213,7 +220,7 @@ class _Theirs:
     def _classes(self, shape: tuple[int, ...]) -> int:
         with self._lock, torch.no_grad(), torch.random.fork_rng():
             seen = self._images(np.zeros(shape, np.float32))
-            logits = self._module(seen.to(self._dtype))
+            logits = _logits_of(self._module(seen.to(self._dtype)))
         one = isinstance(logits, torch.Tensor)
         if not one or logits.ndim != 2:
             given = list(logits.shape) if one else type(logits).__name__
@@ -227,10 +234,10 @@ class _Theirs:
     def _passed(self, bits: bytes, images: torch.Tensor) -> torch.Tensor:
         images = images.to(self._dtype)
         if not self._random:
-            return self._module(images).float()
+            return _logits_of(self._module(images)).float()
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(bits))
-            return self._module(images).float()
+            return _logits_of(self._module(images)).float()
 
     def _with_graph(self, bits: bytes, images: torch.Tensor) -> _Kept:
         with torch.enable_grad():

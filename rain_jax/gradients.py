@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import whole, within
+from rain_jax.remembered import remembered
 from rain_jax.types import Array, Estimator, Image, Key, PyTree, Scalar
 
 __all__ = ["eot", "exact", "nes", "spsa"]
@@ -38,11 +39,13 @@ def last_finite(moved: Array, before: Array) -> Array:
     return jnp.where(jnp.all(jnp.isfinite(moved)), moved, before)
 
 
+@remembered
 def exact() -> Estimator:
     """One draw of the function and its own gradient: right for models without randomness."""
     return Estimator(lambda function: jax.value_and_grad(function, argnums=1, has_aux=True))
 
 
+@remembered
 def eot(draws: int = 20) -> Estimator:
     """Expectation over transformation (Athalye et al., arXiv:1707.07397): means over `draws` keys.
 
@@ -63,6 +66,7 @@ def eot(draws: int = 20) -> Estimator:
     return Estimator(estimator, draws=draws)
 
 
+@remembered
 def nes(draws: int = 25, scale: float = 0.001, answers: int = 1) -> Estimator:
     """Slopes along Gaussian directions (NES; Ilyas et al., arXiv:1804.08598): no backward pass.
 
@@ -74,6 +78,7 @@ def nes(draws: int = 25, scale: float = 0.001, answers: int = 1) -> Estimator:
     return _both_ways(jax.random.normal, draws, scale, answers)
 
 
+@remembered
 def spsa(draws: int = 128, scale: float = 0.01, answers: int = 1) -> Estimator:
     """As `nes`, along directions of random signs (SPSA; Uesato et al., arXiv:1802.05666)."""
     return _both_ways(jax.random.rademacher, draws, scale, answers)

@@ -6,6 +6,7 @@ either the same everywhere or split along their first axis.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -224,7 +225,12 @@ def place(
         raise UsageError("overlap=True: expected mapping='shard_map', for pmap takes no options")
     # A process feeds neighbouring rows: its devices must be neighbours, too.
     given = jax.devices() if devices is None else devices
-    chosen = sorted(given, key=lambda device: device.process_index)
+    return _placed(mapping, tuple(sorted(given, key=lambda d: d.process_index)), overlap)
+
+
+@functools.lru_cache(64)
+def _placed(mapping: Mapping, chosen: tuple[jax.Device, ...], overlap: bool) -> Devices:
+    """The same for the same devices, so that programs are kept for them."""
     mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
     if mapping == "pmap":
         return _pmap(mesh)

@@ -185,6 +185,19 @@ class Network(NamedTuple):
     random: bool = False
 
 
+class Model(NamedTuple):
+    """A classifier with its weights, as evaluations take it: `rain_jax.adapters` makes them.
+
+    `logits(variables, key, image) -> [K]` is of one image [H, W, C] in [0, 1], normalisation
+    inside; a fixed model ignores the key. Keep the function: programs are compiled for it.
+    """
+
+    logits: Callable[[PyTree, Key, Image], Logits]
+    variables: PyTree
+    random: bool = False  # whether the logits change with the key
+    name: str = "model"
+
+
 class Batch(NamedTuple):
     """Images with what belongs to each. Padding has `valid` False and counts for nothing, but in
     batch normalisation, which training feeds whole batches.

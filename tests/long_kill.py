@@ -19,14 +19,14 @@ from pathlib import Path
 import commands
 import numpy as np
 
-from experiments import journal
+from rain_jax.evaluation import resume
 
 OWN_SECONDS = 24 * 3600.0  # nobody waits for this one at a keyboard
 
 
 def blocks(run: Path, title: str = "*") -> list[Path]:
     """The blocks that are written, of one column or of all."""
-    return sorted((run / journal.FOLDER).glob(f"{title}.*/*.npz"))
+    return sorted((run / resume.FOLDER).glob(f"{title}.*/*.npz"))
 
 
 def mebibytes(pid: int) -> float | None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from experiments import build, cli, configuring, defended, evaluate, loading, schema, steps, train
-from experiments.journal import digest_of
 from rain_jax import data, defences, models, training
 from rain_jax.checks import UsageError
+from rain_jax.evaluation.resume import digest_of
 from rain_jax.losses import cross_entropy
 from rain_jax.models.conditional import with_condition
 from rain_jax.parallel import choose_devices, place

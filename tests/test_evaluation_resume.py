@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, evaluate, journal, measure
+from experiments import build, cli, configuring, evaluate, measure
 from experiments.workdir import read_config
+from rain_jax.evaluation import resume
 
 # At a radius at which images are left for every attack.
 STANDARD = [
@@ -54,7 +55,7 @@ def assert_same(run, expected):
     for name in wanted[1]:
         np.testing.assert_array_equal(found[1][name], wanted[1][name], err_msg=name)
     np.testing.assert_array_equal(found[2], wanted[2])
-    assert not (run / journal.FOLDER).exists()
+    assert not (run / resume.FOLDER).exists()
 
 
 def copy(trained, folder):
@@ -74,13 +75,13 @@ def uninterrupted(trained, tmp_path_factory):
 # As soon as the column has its first block; there are more to come.
 KILLED = """
 import os, signal
-from experiments import journal
-write = journal.Pages.write
+from rain_jax.evaluation import resume
+write = resume.Pages.write
 def write_and_die(self, number, block):
     write(self, number, block)
     if self._folder.name.startswith("{title}."):
         os.kill(os.getpid(), signal.SIGKILL)
-journal.Pages.write = write_and_die
+resume.Pages.write = write_and_die
 """
 # When a block is written in part: at its last call before it takes the name of a whole one.
 KILLED_IN_THE_MIDDLE = """
@@ -102,7 +103,7 @@ def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrup
         before = (KILLED if title != "square" else KILLED_IN_THE_MIDDLE).format(title=title)
         process = commands.start(*given, folder=tmp_path, devices=2, before=before)
         commands.finish(process, tmp_path, code=-signal.SIGKILL)
-        left = [path.suffix for path in (run / journal.FOLDER).glob(f"{title}.*/*")]
+        left = [path.suffix for path in (run / resume.FOLDER).glob(f"{title}.*/*")]
         assert left == [".npz" if title != "square" else ".tmp"]
     commands.command(*given, folder=tmp_path, devices=2)
     assert_same(run, uninterrupted)
@@ -126,7 +127,7 @@ class Stopped(Exception):
 def test_what_is_done_is_not_done_again_and_what_is_damaged_is(experiment, tmp_path, monkeypatch):
     variables = variables_of(experiment)
     written = []
-    write = journal.Pages.write
+    write = resume.Pages.write
 
     def counting(self, number, block):
         write(self, number, block)
@@ -134,7 +135,7 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(experiment, tmp_p
         if stop_after is not None and len(written) == stop_after:
             raise Stopped
 
-    monkeypatch.setattr(journal.Pages, "write", counting)
+    monkeypatch.setattr(resume.Pages, "write", counting)
 
     def run(folder):
         written.clear()
@@ -149,10 +150,10 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(experiment, tmp_p
     stop_after = len(all_written) // 2
     with pytest.raises(Stopped):
         run(other)
-    assert (other / journal.FOLDER).is_dir()
+    assert (other / resume.FOLDER).is_dir()
     stop_after = None
     # Cut short, the newest block is measured again; the others are not.
-    newest = max((other / journal.FOLDER).rglob("*.npz"), key=lambda path: path.stat().st_mtime)
+    newest = max((other / resume.FOLDER).rglob("*.npz"), key=lambda path: path.stat().st_mtime)
     newest.write_bytes(newest.read_bytes()[:-100])
     again, rest = run(other)
     assert rest == all_written[len(all_written) // 2 - 1 :]
@@ -181,14 +182,14 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
     variables = measured[1]
     other = build.experiment(configuring.changed(experiment.config, [change]))
     taken = []
-    read = journal.Pages.read
+    read = resume.Pages.read
 
     def spying(self, number):
         taken.append(self._folder.name.split(".")[0])
         return read(self, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal.Pages, "read", spying)
+        patch.setattr(resume.Pages, "read", spying)
         measure.measure(other, variables, "untrained", tmp_path)
     # Only attacks turn on the suite: the rest may be known.
     known = {"clean"} if change[0] == "evaluation.suite.steps" else set()
@@ -196,11 +197,11 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
 
 
 def test_other_weights_or_images_have_other_names():
-    one = journal.digest(np.zeros(3, np.float32))
-    assert one == journal.digest(np.zeros(3, np.float32))
-    assert one != journal.digest(np.zeros(3, np.float64))
-    assert one != journal.digest(np.zeros((3, 1), np.float32))
-    assert one != journal.digest(np.array([0, 0, 1e-9], np.float32))
+    one = resume.digest(np.zeros(3, np.float32))
+    assert one == resume.digest(np.zeros(3, np.float32))
+    assert one != resume.digest(np.zeros(3, np.float64))
+    assert one != resume.digest(np.zeros((3, 1), np.float32))
+    assert one != resume.digest(np.array([0, 0, 1e-9], np.float32))
 
 
 def test_the_worst_case_can_be_told_from_the_images(uninterrupted, tmp_path):

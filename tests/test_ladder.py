@@ -18,7 +18,6 @@ from experiments import (
     configuring,
     defended,
     evaluate,
-    journal,
     ladder,
     loading,
     measure,
@@ -30,6 +29,7 @@ from experiments import (
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.defences.tables import Statistics
+from rain_jax.evaluation import resume
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import choose_devices, image_keys, place
@@ -416,13 +416,13 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
     measured(("evaluation.ladder.without", spared))
     taken = []
-    read = journal.Pages.read
+    read = resume.Pages.read
 
     def spying(self, number):
         taken.append(self._folder.name.split(".")[0])
         return read(self, number)
 
-    monkeypatch.setattr(journal.Pages, "read", spying)
+    monkeypatch.setattr(resume.Pages, "read", spying)
     others = ("evaluation.ladder.sweep_steps", [1])
     measured(("evaluation.ladder.without", [*spared, "square"]), others)
     assert {"clean", "noise", "far"} <= set(taken)

@@ -12,21 +12,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Floor of every room. Tools may use the tools below them in this list of lists, never sideways up.
 FLOORS = [
-    ["types", "checks", "keys"],
+    ["types", "checks", "keys", "remembered"],
     ["losses", "norms", "gradients", "parallel", "members", "image",
      "models", "data", "schedules",
-     "optimisers", "training", "checkpoints"],
-    ["attacks", "defences", "methods", "evaluation", "bridges"],
+     "optimisers", "training", "checkpoints", "logs"],
+    ["attacks", "defences", "methods", "bridges", "adapters"],
+    ["evaluation"],
 ]  # fmt: skip
 # Within the tools, the few that lean on another one. Everything else on a floor is a stranger.
 NEIGHBOURS = {
     "training": {"parallel"},
     "models": {"image"},
     "image": {"gradients"},
+    "adapters": {"bridges"},
 }
 # The one door to each library.
 DOORS = {
-    "flax": ["models"],
+    "flax": ["models", "adapters"],
     "tensorflow_datasets": ["data"],
     "grain": ["data"],
     "orbax": ["checkpoints"],

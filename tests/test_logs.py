@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import logs
-from experiments.logs import MetricsLog, Progress, provenance, table, write_json
+from rain_jax import logs
 from rain_jax.checks import UsageError
+from rain_jax.logs import MetricsLog, Progress, provenance, table, write_json
 
 
 def lines(folder: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """When a device's memory is exhausted: fewer images at once, the same verdicts, and one line."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import drawn
 import jax
@@ -10,8 +12,10 @@ import pytest
 import test_evaluate
 import test_sweep
 
-from experiments import cli, memory
+from experiments import cli
 from rain_jax import evaluation
+from rain_jax.evaluation import engine
+from rain_jax.evaluation.room import Room
 
 FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 98765432109 bytes.\nMore of it."
 
@@ -21,7 +25,8 @@ def limited(monkeypatch, name: str, fits: int) -> list[int]:
 
     The second time that one is used it fails, in the middle of its work.
     """
-    make, tried = getattr(evaluation, name), []
+    where: Any = evaluation if name.endswith("_lanes") else engine
+    make, tried = getattr(where, name), []
 
     def made(*given, batch_size: int, **settings):
         program = make(*given, batch_size=batch_size, **settings)
@@ -35,8 +40,21 @@ def limited(monkeypatch, name: str, fits: int) -> list[int]:
 
         return used
 
-    monkeypatch.setattr(evaluation, name, made)
+    monkeypatch.setattr(where, name, made)
+    forget()
     return tried
+
+
+def forget() -> None:
+    """The programs that evaluations keep for the next one."""
+    engine._driving.cache_clear()
+    engine._judging.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def own() -> Iterator[None]:
+    yield
+    forget()
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +101,8 @@ def test_other_errors_are_not_taken_for_it() -> None:
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
     for error in (other, ValueError(FULL)):
         with pytest.raises(type(error)):
-            memory.Room(32, 8).halve(error)
-    room = memory.Room(24, 8)
+            Room(32, 8).halve(error)
+    room = Room(24, 8)
     room.halve(jax.errors.JaxRuntimeError(FULL))
     assert room.size == 16
 

@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from experiments import build, configuring, evaluate, proof, report, sanity
-from experiments.journal import FOLDER
 from rain_jax import attacks
 from rain_jax.checks import UsageError
+from rain_jax.evaluation.resume import FOLDER
 from rain_jax.types import Network
 
 # Images that are darker or brighter than 0.5 on average, which is their label, by so much. In

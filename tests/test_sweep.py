@@ -101,7 +101,7 @@ def evaluated(trained: Path, changes: list[tuple[str, Any]], variables: Any = No
         (trained / "config.json").read_text()), changes))  # fmt: skip
     if variables is None:
         variables, _ = loading.load(experiment, trained)
-    return measure.measure(experiment, variables, "alone").stands["pgd"]
+    return measure.measure(experiment, variables, "alone").robust["pgd"]
 
 
 NUMBERS = [

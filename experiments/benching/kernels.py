@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from experiments.logs import table
 from rain_jax.checks import UsageError
+from rain_jax.logs import table
 
 # What a kernel's name holds, the first that fits; cuDNN's come before XLA's own.
 _ON_GPU = {

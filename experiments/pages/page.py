@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.logs import Progress, provenance
 from experiments.pages.contents import sections
 from experiments.pages.exhibit import Exhibit, Section
 from experiments.pages.figures import render, themed
 from experiments.pages.load import STUDIES, Record, Run, groups
 from experiments.pages.tables import Cell, Html, Table, as_csv, as_html, as_latex, tag
+from rain_jax.logs import Progress, provenance
 
 _CSS = """
 :root{color-scheme:light dark;--ink:#1f2933;--soft:#5b6772;--line:#d9dfe5;--page:#fff;

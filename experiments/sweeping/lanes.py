@@ -96,9 +96,11 @@ class Measurer:
         one = self.plan.resolved[numbers[0]]
         variables = self.plan.variables(one)
         key = key_of(one.seed, self.plan.title)
-        found = self.plan.drive(one)(variables, key, self._lanes(numbers, places, starts))
+        drive, judge = self.plan.drive(one), self.plan.judge(one)
+        lanes = self._lanes(numbers, places, starts)
         held: dict[int, list[evaluation.Verdicts]] = {}
-        for some in self.plan.judge(one)(variables, key, found):
+        both = variables, variables
+        for some in evaluation.attack_and_judge(drive, judge, both, key, lanes):
             for number in np.unique(some.values["cell"]).tolist():
                 rows = some.values["cell"] == number
                 mine = jax.tree.map(lambda leaf, r=rows: leaf[r], some)

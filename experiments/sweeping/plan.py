@@ -15,13 +15,11 @@ from experiments import (
     corrupted,
     defended,
     loading,
-    memory,
     sanity,
     settings,
     start,
     workdir,
 )
-from experiments.journal import code, digest, digest_of, sample_of
 from experiments.schema import call
 from experiments.steps import keys_of
 from experiments.sweeping import grid
@@ -29,6 +27,8 @@ from experiments.sweeping.grid import RUN, Asked, Cell, Parts
 from rain_jax import data, evaluation
 from rain_jax.attacks.pgd import Ascent
 from rain_jax.checks import UsageError, one_of
+from rain_jax.evaluation.resume import code, digest, digest_of, sample_of
+from rain_jax.evaluation.room import Room
 from rain_jax.norms import project
 from rain_jax.types import (
     Attack,
@@ -96,7 +96,7 @@ class Plan:
         if len({(test.name, test.size, test.shape, test.classes) for test in tests}) > 1:
             raise UsageError("config.sweep.axes.run: expected runs on the same test images")
         self.devices = first.parallel.placed()
-        self.room = memory.Room(first.evaluation.batch_size, self.devices.size)
+        self.room = Room(first.evaluation.batch_size, self.devices.size)
         self.batch_size = self.room.size  # as asked for
         made = [grid.parts(spec, {}, self.title, self.classes) for spec in specs]
         self.along = grid.radius_axis(asked.sweep.axes, self.title)
@@ -295,7 +295,7 @@ class Plan:
             "settings": grid.signature(one.spec, (), self.title, model=False),
             "weights": self.weights(one), "data": self._sample[one.run],
             "corruption": one.corruption, "images": self.source(one).size,
-            "batch_size": self.batch_size, "code": code(),
+            "batch_size": self.batch_size, "code": code(Path(__file__).parents[1]),
             "jax": jax.__version__, "device": [device.platform, device.device_kind],
             "devices": self.devices.size,
         }  # fmt: skip

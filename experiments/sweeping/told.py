@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.logs import table
 from experiments.proof import Check, above
 from experiments.record import counted
 from experiments.report import percent
 from experiments.sweeping.grid import Cell, chains
 from experiments.sweeping.lanes import Measured
 from rain_jax import evaluation
+from rain_jax.logs import table
 
 # Settings of an attack, by the ends of their keys, of which more never helps the model.
 STRONGER = ("radius", "steps", "draws", "restarts", "queries", "targets")

@@ -14,6 +14,7 @@ from rain_jax.checks import whole
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, dlr_targeted, margin
 from rain_jax.norms import expect, l1, l2, linf, project, random_start
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Estimator,
@@ -239,10 +240,10 @@ def adaptive_ascent(
     # In evaluations: a phase evaluates where it begins and after each of its steps.
     lengths = [length + 1 for _, length in rule.phases]
     begins = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
-    radii = jnp.array([radius for radius, _ in rule.phases], jnp.float32)
+    radii = np.array([radius for radius, _ in rule.phases], np.float32)
 
     def within_phase(phase: Array) -> Threat:
-        return threat._replace(radius=radii[phase] * threat.radius)
+        return threat._replace(radius=jnp.asarray(radii)[phase] * threat.radius)
 
     def evaluate(
         logits_fn: LogitsFn, key: Key, image: Image, target: Target, against: Target
@@ -313,6 +314,7 @@ def adaptive_ascent(
     )  # fmt: skip
 
 
+@remembered
 def apgd(
     threat: Threat,
     *,
@@ -329,6 +331,7 @@ def apgd(
     return restarted(attack, restarts)
 
 
+@remembered
 def apgd_t(
     threat: Threat,
     *,

@@ -12,6 +12,7 @@ from rain_jax.checks import whole, within
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l2, linf
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Estimator,
@@ -89,6 +90,7 @@ def _next_bound(
     )
 
 
+@remembered
 def carlini_wagner(
     threat: Threat,
     *,
@@ -125,10 +127,13 @@ def carlini_wagner(
     adam = optax.scale_by_adam()
     length = steps // searches
     middle, half = (threat.high + threat.low) / 2, (threat.high - threat.low) / 2
-    end = jnp.arctanh(jnp.float32(_END))
+
+    def clipped(point: Array) -> Array:
+        end = jnp.arctanh(jnp.float32(_END))
+        return jnp.clip(point, -end, end)
 
     def to_point(image: Image) -> Array:
-        return jnp.clip(jnp.arctanh(_END * (image - middle) / half), -end, end)
+        return clipped(jnp.arctanh(_END * (image - middle) / half))
 
     def to_image(point: Array) -> Image:
         return jnp.clip(middle + half * jnp.tanh(point), threat.low, threat.high)
@@ -171,7 +176,7 @@ def carlini_wagner(
             size = step_size * (1.0 - state.taken / length)
         steepness = half * (1.0 - jnp.tanh(state.point) ** 2)
         descent, moments = adam.update((pull + trial.constant * gradient) * steepness, state.adam)
-        point = jnp.clip(state.point - size * descent, -end, end)
+        point = clipped(state.point - size * descent)
         point = last_finite(point, state.point)
 
         # --- at the end of a round, plan the next one; the last one's image is the attack's last

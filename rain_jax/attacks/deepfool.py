@@ -10,6 +10,7 @@ from rain_jax.checks import whole, within
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
 from rain_jax.norms import l1, l2, linf
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Estimator,
@@ -92,6 +93,7 @@ class Fooling(NamedTuple):
     done: Scalar  # int32, steps
 
 
+@remembered
 def deepfool(
     threat: Threat,
     *,

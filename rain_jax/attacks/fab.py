@@ -12,6 +12,7 @@ from rain_jax.checks import whole, within
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l1, l2, linf, random_start
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Estimator,
@@ -126,6 +127,7 @@ def _check(
     within("beta", beta, 0.0, 1.0)
 
 
+@remembered
 def fab(
     threat: Threat,
     *,
@@ -161,6 +163,7 @@ def fab(
     return side_by_side(runs, restarts, steps)
 
 
+@remembered
 def fab_t(
     threat: Threat,
     *,

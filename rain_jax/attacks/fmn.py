@@ -13,6 +13,7 @@ from rain_jax.checks import whole, within
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, margin
 from rain_jax.norms import expect, l1, l2, linf, project
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Estimator,
     Image,
@@ -117,6 +118,7 @@ def _search(
     )  # fmt: skip
 
 
+@remembered
 def fmn(
     threat: Threat,
     *,
@@ -158,6 +160,7 @@ def fmn(
     )  # fmt: skip
 
 
+@remembered
 def ddn(
     threat: Threat,
     *,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rain_jax.norms import l1, l2, linf, random_start
+from rain_jax.remembered import remembered
 from rain_jax.types import Image, Iteration, Key, LogitsFn, Scalar, Target, Threat
 
 
@@ -14,6 +15,7 @@ class Drawn(NamedTuple):
     image: Image
 
 
+@remembered
 def noise(threat: Threat) -> Iteration:
     """One uniform draw from the ball; a model that it hurts as much as PGD does hides gradients."""
 

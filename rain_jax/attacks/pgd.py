@@ -12,6 +12,7 @@ from rain_jax.checks import UsageError, one_of, pixel_distance, whole, within
 from rain_jax.gradients import last_finite, usable
 from rain_jax.losses import cross_entropy, kl, lead, margin, targeted
 from rain_jax.norms import expect, l1, l2, linf, project, steepest
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Estimator,
@@ -233,6 +234,7 @@ def _climb(
     return optax.chain(optax.scale_by_adam(eps=_ADAM_GUARD), optax.scale(size))
 
 
+@remembered
 def pgd(
     threat: Threat,
     *,
@@ -276,6 +278,7 @@ def pgd(
     return restarted(attack, restarts)
 
 
+@remembered
 def multi_targeted(
     threat: Threat,
     *,
@@ -310,6 +313,7 @@ def multi_targeted(
     return restarted(attack, restarts)
 
 
+@remembered
 def fgsm(
     threat: Threat,
     *,
@@ -327,6 +331,7 @@ def fgsm(
     return ascent(threat, climb, steps=1, loss=loss, estimator=estimator, start=start, keep="last")
 
 
+@remembered
 def mi_fgsm(
     threat: Threat,
     *,

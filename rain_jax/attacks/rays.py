@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rain_jax.attacks.nearest import Nearest, nearer, none_yet, score, within_threat
 from rain_jax.checks import whole
 from rain_jax.norms import expect, linf
+from rain_jax.remembered import remembered
 from rain_jax.types import Array, Image, Iteration, Key, LogitsFn, Scalar, Target, Threat
 
 # The authors end a bisection here, at a length along the ray measured in L2.
@@ -33,6 +34,7 @@ class Ray(NamedTuple):
     nearest: Nearest
 
 
+@remembered
 def rays(threat: Threat, *, queries: int = 10000) -> Iteration:
     """RayS, in L-inf: a direction for each value, up or down, in which a boundary is near.
 

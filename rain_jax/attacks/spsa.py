@@ -16,6 +16,7 @@ from rain_jax.attacks.restarts import restarted
 from rain_jax.checks import pixel_distance, whole, within
 from rain_jax.losses import margin
 from rain_jax.norms import linf
+from rain_jax.remembered import remembered
 from rain_jax.types import Image, Iteration, Key, LogitsFn, Loss, Scalar, Target, Threat
 
 
@@ -57,6 +58,7 @@ def counted(attack: Iteration, *, draws: int, answers: int) -> Iteration:
     )
 
 
+@remembered
 def nes(
     threat: Threat,
     *,
@@ -88,6 +90,7 @@ def nes(
     return restarted(counted(attack, draws=draws, answers=answers), restarts)
 
 
+@remembered
 def spsa(
     threat: Threat,
     *,

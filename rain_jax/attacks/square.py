@@ -11,6 +11,7 @@ from rain_jax.attacks.restarts import restarted
 from rain_jax.checks import whole, within
 from rain_jax.losses import margin
 from rain_jax.norms import expect, l2, linf, project
+from rain_jax.remembered import remembered
 from rain_jax.types import (
     Array,
     Image,
@@ -146,6 +147,7 @@ def _exchange(threat: Threat, key: Key, state: Search, side: Array, bumps: Array
     return _at_radius(threat, state.clean, moved)
 
 
+@remembered
 def square(
     threat: Threat,
     *,

@@ -58,10 +58,11 @@ def from_arrays(
     name: str,
     classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Source:
     """A source over arrays: images [N, H, W, C] or [N, H, W] and labels [N].
 
-    Images are uint8, or floats in [0, 1], which become float32; labels are whole numbers in
+    Images are uint8, or floats in `bounds`, which become float32; labels are whole numbers in
     [0, classes), where `classes` is by default the number of names, or else the largest label
     plus one. The arrays are not copied unless they must be converted. Raises `UsageError`.
     """
@@ -74,9 +75,12 @@ def from_arrays(
         )
     if np.issubdtype(image.dtype, np.floating):
         low, high = image.min(), image.max()
-        if not (low >= 0 and high <= 1):  # so that NaN is refused too
+        if not (low >= bounds[0] and high <= bounds[1]):  # so that NaN is refused too
             hint = "; divide by 255?" if 1 < high <= 255 else ""
-            raise UsageError(f"{name}: pixels in [{low:g}, {high:g}]: expected [0, 1]{hint}")
+            raise UsageError(
+                f"{name}: pixels in [{low:g}, {high:g}]: expected "
+                f"[{bounds[0]:g}, {bounds[1]:g}]{hint}"
+            )
         image = image.astype(np.float32, copy=False)
     elif image.dtype != np.uint8:
         raise UsageError(f"{name}: images of {image.dtype}: expected uint8, or floats in [0, 1]")

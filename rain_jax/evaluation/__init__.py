@@ -1,13 +1,13 @@
 """How robust a model is, counted: attacks over many images, the judge, and sums of its verdicts.
 
 `packing` drives an attack over a data set, `verdicts` decides about what it found, `counts` adds
-up, `cost` says what that took; `attacked` is all of it in one call, for any model.
+up, `cost` says what that took; `engine` runs a whole evaluation, and `call` that of any model, in
+one call: `rain_jax.evaluate`.
 An attack knows nothing of either: it gets `logits_fn(key, image)` and returns an image. `smoothing`
 proves radii within which there is none.
 """
 
 from rain_jax.evaluation import smoothing
-from rain_jax.evaluation.attacked import attacked, cascade
 from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.counts import (
     Proportion,
@@ -19,6 +19,17 @@ from rain_jax.evaluation.counts import (
     shares,
     standing,
     worst_case,
+)
+from rain_jax.evaluation.engine import (
+    SHOWN,
+    AttackColumn,
+    ColumnResult,
+    Evaluation,
+    EvaluationRun,
+    attack_and_judge,
+    cascade,
+    key_of,
+    logits_fn_of,
 )
 from rain_jax.evaluation.packing import as_iteration, packed, packed_lanes, passes
 from rain_jax.evaluation.verdicts import (
@@ -39,7 +50,12 @@ from rain_jax.evaluation.verdicts import (
 )
 
 __all__ = [
+    "SHOWN",
+    "AttackColumn",
+    "ColumnResult",
     "Cost",
+    "Evaluation",
+    "EvaluationRun",
     "Evaluator",
     "Found",
     "Judgement",
@@ -52,7 +68,7 @@ __all__ = [
     "Verdicts",
     "as_iteration",
     "as_they_are",
-    "attacked",
+    "attack_and_judge",
     "cascade",
     "cost",
     "curve",
@@ -62,6 +78,8 @@ __all__ = [
     "judge",
     "judging",
     "judging_lanes",
+    "key_of",
+    "logits_fn_of",
     "nobody",
     "packed",
     "packed_lanes",

@@ -240,7 +240,7 @@ def attack_batch(
         run = jax.vmap(lambda k, i, y: attack(k, logits_fn, i, y), axis_name=_IMAGE_AXIS)
         return jax.lax.stop_gradient(run(keys, batch.image, batch.label)), model_state
 
-    if not isinstance(attack, Iteration):
+    if not (isinstance(attack, Iteration) and attack.steps):
         raise UsageError("batch_norm='train': expected an attack made of steps (an Iteration)")
 
     def per_image(function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -1,7 +1,7 @@
-"""What an evaluation has found so far, on disk, so that one that was killed goes on.
+"""The resume log: what an evaluation has found so far, on disk, so that a killed one goes on.
 
 A column is judged in blocks of images. Each block is one file, written once and whole; a column's
-folder is named by everything that its verdicts turn on, so that nothing of another model, attack
+folder is named by everything that its verdicts depend on, so that nothing of another model, attack
 or version of this code is ever taken for it.
 """
 
@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 
 import rain_jax
 from rain_jax.data import Source, as_float
-from rain_jax.evaluation import Judgement
+from rain_jax.evaluation.verdicts import Judgement
+from rain_jax.keys import is_key
 from rain_jax.types import PyTree
 
 FOLDER = "evaluation.partial"
@@ -53,7 +54,9 @@ def digest(*arrays: np.ndarray) -> str:
 
 def digest_of(variables: PyTree) -> str:
     """A hash of a model's variables."""
-    return digest(*(np.asarray(leaf) for leaf in jax.tree.leaves(variables)))
+    leaves = jax.tree.leaves(variables)
+    plain = (jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in leaves)
+    return digest(*map(np.asarray, plain))
 
 
 def sample_of(source: Source) -> list[Any]:
@@ -65,15 +68,24 @@ def sample_of(source: Source) -> list[Any]:
     return [source.name, source.size, list(source.shape), pixels]
 
 
+# Parts of the library that no result of an evaluation depends on.
+_UNRELATED = ("checkpoints", "logs.py", "methods", "optimisers.py", "schedules.py", "training.py")
+
+
 @functools.cache
-def code() -> str:
-    """A hash of this project's own code, since its results turn on that too."""
-    found = hashlib.sha256()
+def code(*others: Path) -> str:
+    """A hash of the code that an evaluation runs, and of `others`, files or folders.
+
+    Results depend on the code too. What only trains, writes or shows is no part of it.
+    """
     package = Path(rain_jax.__file__).parent
-    for folder in (package, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            if "configs" not in path.relative_to(folder).parts:
-                found.update(path.read_bytes())
+    own = [path for path in package.rglob("*.py")
+           if path.relative_to(package).parts[0] not in _UNRELATED]  # fmt: skip
+    more = [path for other in others for path in (other, *other.rglob("*.py"))
+            if path.is_file() and "configs" not in path.parts]  # fmt: skip
+    found = hashlib.sha256()
+    for path in (*sorted(own), *sorted(set(more))):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 

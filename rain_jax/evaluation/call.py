@@ -1,0 +1,312 @@
+"""How robust any model is, in one call."""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rain_jax.adapters import as_model
+from rain_jax.attacks import suites
+from rain_jax.checks import UsageError, one_of, whole, within
+from rain_jax.data import as_float, from_arrays
+from rain_jax.evaluation.engine import AttackColumn, Evaluation, EvaluationRun
+from rain_jax.evaluation.result import Result
+from rain_jax.evaluation.resume import digest
+from rain_jax.keys import is_key
+from rain_jax.norms import linf
+from rain_jax.parallel import Devices, place
+from rain_jax.types import Attack, Iteration, Key, Model, Threat
+
+# Draws of a random model for each verdict, unless it is said how many.
+_DRAWS = 20
+# Images that are looked at before any is attacked.
+_FEW = 4
+
+
+def evaluate(
+    model: Any,
+    images: Any,
+    labels: Any,
+    threat: Threat,
+    attacks: str | Attack | Iteration | Mapping[str, Attack | Iteration] = "standard",
+    *,
+    key: Key | None = None,
+    batch_size: int = 256,
+    draws: int | None = None,
+    eight_bit: bool = False,
+    cascade: bool = True,
+    random: bool | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    devices: Devices | None = None,
+    name: str | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """How many images a model classifies correctly after each of some attacks.
+
+    Args:
+      model: what `rain_jax.adapters.as_model` takes: a Flax linen module with its variables,
+        `(module, variables)`, an NNX, Equinox or PyTorch module, or a function of images.
+      images: [N, H, W, C], uint8, or floats in [0, 1].
+      labels: [N], whole numbers below the number of classes.
+      threat: what the attacker may do: `Threat(linf, 8 / 255)`.
+      attacks: the name of a suite ("standard" is AutoAttack's, "rand" its suite for random models,
+        "plus"), an attack, or attacks by name.
+      key: the root of all draws, `jax.random.key(0)` by default.
+      batch_size: images that are shown to the model at once, over all devices. Results do not
+        depend on it but for rounding.
+      draws: how often a random model is asked for each verdict, 20 by default.
+      eight_bit: whether images are rounded to 256 levels before they are judged.
+      cascade: whether an attack gets only the images that those before it left correct. Without,
+        every attack gets all of them.
+      random: whether the model draws from the key; by default a function that takes a key does.
+      folder: where blocks of results are kept until the evaluation is complete: the same call goes
+        on there after a kill, and ends with the same result.
+      devices: where it runs, `rain_jax.parallel.place()` by default: on all there are.
+      name: what the model is called; by default what it calls itself.
+      progress: whether progress is printed; by default unless RAIN_JAX_PROGRESS=0.
+
+    An attack returns images, and whether one is misclassified is judged apart from it: by fresh
+    keys, by the mean over `draws` for images that leave, and only within the threat, which is
+    looked at in float64. Programs are kept: a second call with the same model, attacks and shapes
+    compiles nothing.
+
+    Raises `UsageError` for a model, images, labels, attacks or a threat of another kind. Warns of
+    what makes such numbers wrong: attacks that leave the threat, gradients that are not finite or
+    zero, logits that are not finite, look like probabilities, depend on the other images of a batch
+    or are drawn without saying so.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    whole("batch_size", batch_size, 1)
+    if draws is not None:
+        whole("draws", draws, 1)
+    if jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 among them
+        images = images.astype(np.float32)
+    if not isinstance(threat, Threat):
+        raise UsageError(f"threat={threat!r:.60}: expected a Threat(norm, radius)")
+    if key is not None and not is_key(key):
+        raise UsageError(f"key={key!r:.60}: expected one as jax.random.key makes it")
+    _check_threat(threat)
+    _check_images(threat, images, labels)
+    asked = as_model(model, images.shape[1:], random=random)
+    classes = _classes(asked, images.shape[1:])
+    _check_labels(labels, len(images), classes)
+    columns = _columns(attacks, threat, asked)
+    times = draws if draws is not None else _DRAWS if asked.random else 1
+    found = _look(asked, images, labels, times)
+    whole_images = as_float(images)
+    evaluation = Evaluation(
+        model=asked,
+        source=from_arrays(
+            images,
+            labels,
+            name="arrays",
+            classes=classes,
+            bounds=(float(threat.low), float(threat.high)),
+        ),
+        threat=threat,
+        columns=columns,
+        key=jax.random.key(0) if key is None else key,
+        devices=place() if devices is None else devices,
+        cascade=cascade,
+        draws=times,
+        eight_bit=eight_bit,
+        batch_size=batch_size,
+        folder=None if folder is None else Path(folder),
+        name=asked.name if name is None else name,
+        identity=None if folder is None else _identity(asked, columns, whole_images, classes),
+        shown=progress,
+    )
+    run = evaluation()
+    evaluation.finish()
+    found += _of_the_run(run)
+    for text in found:
+        warnings.warn(text, stacklevel=2)
+    return Result(evaluation.name, threat, whole_images, run, tuple(found))
+
+
+def _columns(attacks: Any, threat: Threat, model: Model) -> dict[str, AttackColumn]:
+    """The attacks by title."""
+    if isinstance(attacks, str):
+        one_of("attacks", attacks, suites.__all__)
+        if model.random and attacks != "rand":
+            raise UsageError(
+                f"attacks={attacks!r}: expected 'rand' for a model that draws, or attacks along "
+                "means, estimator=eot(draws=20)"
+            )
+        attacks = getattr(suites, attacks)(threat)
+    elif callable(attacks):
+        attacks = {"attack": attacks}
+    if not isinstance(attacks, Mapping):
+        raise UsageError(
+            f"attacks are a {type(attacks).__name__}: expected a suite's name, an attack, or names "
+            'and attacks, {"pgd": pgd(threat, steps=40)}'
+        )
+    for taken in ("clean", "worst case"):
+        if taken in attacks:
+            raise UsageError(f"attacks: expected another name than {taken!r}, which is taken")
+    return {str(title): AttackColumn(attack) for title, attack in attacks.items()}
+
+
+def _of_the_run(run: EvaluationRun) -> list[str]:
+    """What went wrong in attacks, in words."""
+    found = []
+    for title, column in run.columns.items():
+        given = len(column.judgement.index)
+        if outside := int(np.sum(~column.judgement.allowed)):
+            found.append(
+                f"{title}: {outside:,} of {given:,} images are outside of the threat and count as "
+                "correct: an attack for another radius, norm or range?"
+            )
+    return found
+
+
+def _look(model: Model, images: np.ndarray, labels: np.ndarray, draws: int) -> list[str]:
+    """What the logits and gradients of a few images say against the numbers to come."""
+    few, label = as_float(images[:_FEW]), labels[:_FEW].astype(np.int32)
+    program = _answers_and_slopes(model.logits)
+    # Two calls: a module of PyTorch that draws in secret answers all keys of one alike.
+    keys = jax.random.key(0), jax.random.key(1)
+    (one, slope), (other, _) = (
+        jax.tree.map(np.asarray, program(model.variables, key, few, label)) for key in keys
+    )
+    found = []
+    size = np.abs(slope).reshape(len(slope), -1)
+    if not np.all(np.isfinite(one)):
+        found.append(
+            "the first images' logits are not finite: they count as wrong, attacked or not"
+        )
+    elif np.all(one >= 0) and np.allclose(np.sum(one, axis=-1), 1.0, atol=1e-3):
+        found.append("the model seems to give probabilities: attacks climb logits")
+    elif not np.all(np.isfinite(size)):
+        found.append(
+            f"gradients of {np.sum(~np.isfinite(size).all(axis=1))} of the first {len(few)} images "
+            "are not finite: attacks take them for zero, and robustness to them says little"
+        )
+    elif np.all(size == 0):
+        found.append(
+            "the first images have no gradient: attacks that need one find nothing, which says "
+            "nothing of robustness"
+        )
+    changed = not np.array_equal(one, other, equal_nan=True)
+    if changed and not model.random:
+        found.append(
+            "the model draws and does not say so: give random=True, and attacks along means, "
+            "estimator=eot(draws=20)"
+        )
+    elif changed and draws == 1:
+        found.append("the model draws, and one draw is judged: give draws=20")
+    return found
+
+
+@functools.lru_cache(64)
+def _answers_and_slopes(logits: Callable[..., Any]) -> Callable[..., Any]:
+    """A program of a model's logits and of the gradients of the label's, image by image."""
+
+    def lead(variables: Any, key: Key, image: Any, label: Any) -> Any:
+        found = logits(variables, key, image)
+        return found[label] - jnp.mean(found), found
+
+    slopes = jax.vmap(jax.value_and_grad(lead, 2, has_aux=True), (None, None, 0, 0))
+
+    @jax.jit
+    def program(variables: Any, key: Key, images: Any, labels: Any) -> Any:
+        (_, found), slope = slopes(variables, key, images, labels)
+        return found, slope
+
+    return program
+
+
+def _identity(
+    model: Model, columns: Mapping[str, AttackColumn], images: np.ndarray, classes: int
+) -> list[str]:
+    """What tells this model and these attacks from others: programs, and answers to few images."""
+    image = jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def stand_in(key: Key, image: Any) -> Any:
+        return jnp.sin(jnp.sum(image) * jnp.arange(1.0, classes + 1))
+
+    def hashed(function: Any, *arguments: Any) -> str:
+        program = jax.make_jaxpr(function)(*arguments)
+        text = re.sub(r"0x[0-9a-f]+", "", str(program))  # where functions lie in memory
+        constants = digest(*(np.asarray(value) for value in program.consts))
+        return hashlib.sha256(f"{text}{constants}".encode()).hexdigest()[:16]
+
+    few = jnp.asarray(images[:_FEW])
+    answers = jax.jit(jax.vmap(model.logits, (None, None, 0)))(
+        model.variables, jax.random.key(0), few
+    )
+    return [
+        hashed(model.logits, model.variables, key, image),
+        digest(np.asarray(answers)),
+        *(
+            hashed(lambda key, x, y, a=column.attack: a(key, stand_in, x, y), key, image, 0)
+            for column in columns.values()
+        ),
+    ]
+
+
+def _classes(model: Model, shape: tuple[int, ...]) -> int:
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    logits = jax.eval_shape(model.logits, model.variables, jax.eval_shape(jax.random.key, 0), image)
+    if getattr(logits, "ndim", None) != 1:
+        raise UsageError(
+            f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for one image "
+            f"{list(shape)}: expected logits [K]"
+        )
+    return int(logits.shape[0])
+
+
+def _check_threat(threat: Threat) -> None:
+    """Refuses a radius in other units, and one that nothing can keep."""
+    most = threat.high - threat.low if threat.norm is linf else math.inf
+    if isinstance(threat.radius, str):
+        raise UsageError(f"threat.radius={threat.radius!r}: expected a number")
+    radius = float(threat.radius)
+    if most < radius <= 255 * most:
+        raise UsageError(
+            f"threat.radius={radius:g}: expected a number in [0, {most:g}]; pixels are in "
+            f"[{threat.low:g}, {threat.high:g}]: did you mean {radius:g} / 255?"
+        )
+    if radius == math.inf:
+        raise UsageError("threat.radius=inf: expected a distance that can be kept")
+    within("threat.radius", radius, 0.0, most)
+
+
+def _check_images(threat: Threat, images: np.ndarray, labels: np.ndarray) -> None:
+    if images.ndim != 4 or not len(images):
+        raise UsageError(f"images are {list(images.shape)}: expected [N, H, W, C]")
+    if images.dtype != np.uint8 and images.dtype != np.float32:
+        raise UsageError(f"images are {images.dtype}: expected uint8, or floats in [0, 1]")
+    floats = images.dtype != np.uint8
+    if floats and (unknown := np.count_nonzero(np.isnan(images).any(axis=(1, 2, 3)))):
+        raise UsageError(f"images: {unknown:,} of {len(images):,} have pixels that are no numbers")
+    low, high = float(as_float(np.min(images))), float(as_float(np.max(images)))
+    if not (threat.low <= low and high <= threat.high):
+        other = "" if images.dtype == np.uint8 else ", or uint8"
+        raise UsageError(
+            f"images have pixels in [{low:.3g}, {high:.3g}]: expected "
+            f"[{threat.low:g}, {threat.high:g}]{other}"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UsageError(
+            f"labels are {labels.dtype} {list(labels.shape)}: expected whole numbers "
+            f"[{len(images)}]"
+        )
+
+
+def _check_labels(labels: np.ndarray, count: int, classes: int) -> None:
+    if np.min(labels) < 0 or np.max(labels) >= classes:
+        raise UsageError(
+            f"labels are {np.min(labels)} to {np.max(labels)}: expected 0 to {classes - 1}, the "
+            "model's classes"
+        )
