@@ -85,7 +85,7 @@ def evaluate(
     apart = ("clean", *measured.checks)
     after = [title for title in measured.columns if title not in apart][1:]
     counts = {
-        ("+ " if measured.cascade and title in after else "") + title:
+        ("+ " if measured.cascade and not measured.random and title in after else "") + title:
         evaluation.proportion(share)
         for title, share in measured.robust.items()
     }  # fmt: skip

@@ -24,7 +24,7 @@ def evaluation_key(seed: int) -> Key:
 
 
 def key_of(seed: int, title: str) -> Key:
-    """The root of a column's draws: its own, whichever others stand beside it in the config."""
+    """The root of a column's draws, which do not depend on the other columns of the config."""
     return evaluation.key_of(evaluation_key(seed), title)
 
 

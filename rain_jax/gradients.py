@@ -17,10 +17,12 @@ def usable(estimator: Estimator | None) -> Estimator:
     """`estimator`, or `exact()` for None, whose gradients are 0 where they are not finite.
 
     A model whose gradient is not a number at some pixels is attacked along the others, and one
-    without any finite gradient is not moved. What the attack then says of the model is no evidence
-    that it is robust: evaluations count such images (`rain_jax.evaluation`).
+    without any finite gradient is not moved: that an attack finds nothing then is no evidence that
+    the model is robust.
     """
     estimate = exact() if estimator is None else estimator
+    if not isinstance(estimate, Estimator):
+        estimate = Estimator(estimate)  # a plain function, which declares nothing
 
     def finite_of(function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
         inner = estimate(function)
@@ -109,7 +111,7 @@ def _both_ways(sample: Callable[..., Array], draws: int, scale: float, answers: 
 
         return estimate
 
-    return Estimator(estimator, draws=answers, knows="logits")
+    return Estimator(estimator, draws=answers, uses="logits")
 
 
 def straight_through(

@@ -33,7 +33,7 @@ Loss = Callable[[Logits, Target], Scalar]
 Attack = Callable[[Key, LogitsFn, Image, Target], Image]
 """One image to an adversarial one. Whether it succeeded is for the judge to say."""
 
-Knowledge = Literal["gradient", "logits", "label", "nothing"]
+Access = Literal["gradient", "logits", "label", "nothing"]
 """The most that an attack uses of the model: gradients, logits, the predicted label, or nothing."""
 
 
@@ -42,7 +42,7 @@ class Estimator(NamedTuple):
 
     As `jax.value_and_grad(..., has_aux=True)` does, but over randomness too: value and what comes
     with it are means over draws at the image itself, and the gradient is of a mean, where it is not
-    estimated from values around. `draws` is over how many draws of the model that mean is, `knows`
+    estimated from values around. `draws` is over how many draws of the model that mean is, `uses`
     what it uses of the model.
     """
 
@@ -51,7 +51,7 @@ class Estimator(NamedTuple):
         Callable[[Key, Image], tuple[tuple[Scalar, PyTree], Image]],
     ]
     draws: int = 1
-    knows: Knowledge = "gradient"
+    uses: Access = "gradient"
 
     def __call__(self, function: Callable[[Key, Image], tuple[Scalar, PyTree]]) -> Any:
         return self.of(function)
@@ -96,7 +96,7 @@ class Iteration(NamedTuple):
     With `once` a step asks the model once and about `state.image`, for its logits and their
     gradient, so that who has both at hand need not compute them again.
 
-    The last four fields declare what an evaluation must know of an attack: what it `knows` of the
+    The last four fields declare what an evaluation must know of an attack: what it `uses` of the
     model, over how many `draws` of a random one each step takes means, in which `norms` it is
     defined, and whether it seeks the nearest misclassified image (`minimum_norm`), so that a radius
     of infinity makes sense.
@@ -111,7 +111,7 @@ class Iteration(NamedTuple):
     queries: Callable[[PyTree], Scalar] | None = None
     seen: Callable[[PyTree], tuple[Image, Scalar]] | None = None
     once: bool = False
-    knows: Knowledge = "gradient"
+    uses: Access = "gradient"
     draws: int = 1
     norms: tuple[Norm, ...] = ()
     minimum_norm: bool = False

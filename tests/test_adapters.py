@@ -1,5 +1,6 @@
 """Models that people bring: every kind gives the logits that it gives by itself."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -152,8 +153,64 @@ def test_a_key_makes_a_random_model():
     assert as_model(noisy, SHAPE).random
     assert not as_model(noisy, SHAPE, random=False).random
     assert not as_model(flat, SHAPE).random
-    one, other = (as_model(noisy, SHAPE).logits((), jax.random.key(n), IMAGES[0]) for n in (0, 1))
+    model = as_model(noisy, SHAPE)
+    one, other = (model.logits(model.variables, jax.random.key(n), IMAGES[0]) for n in (0, 1))
     assert np.any(np.asarray(one) != other)
+
+
+def test_a_function_is_what_it_closes_over_now():
+    """And as long as that has the same shape, it needs no other program."""
+    weights = WEIGHTS
+    function = lambda x: x.reshape(len(x), -1) @ weights
+    first = as_model(function, SHAPE)
+    np.testing.assert_allclose(logits_of(first), flat(IMAGES), rtol=1e-5)
+    weights = 2 * WEIGHTS
+    again = as_model(function, SHAPE)
+    assert again.logits is first.logits
+    np.testing.assert_allclose(logits_of(again), 2 * flat(IMAGES), rtol=1e-5)
+
+
+def test_a_function_need_not_be_hashable():
+    @dataclasses.dataclass
+    class Layer:
+        weights: np.ndarray
+
+        def __call__(self, x):
+            return x.reshape(len(x), -1) @ self.weights
+
+    np.testing.assert_allclose(logits_of(as_model(Layer(WEIGHTS), SHAPE)), flat(IMAGES), rtol=1e-5)
+
+
+def test_modules_that_draw_draw_from_the_key():
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.rngs = rngs
+            self.widths = [3]  # which cannot be hashed
+
+        def __call__(self, x):
+            noise = jax.random.normal(self.rngs.noise(), (len(x), self.widths[0]))
+            return x.reshape(len(x), -1) @ WEIGHTS + noise
+
+    class NoisyLinen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noise = jax.random.normal(self.make_rng("noise"), (len(x), 3))
+            return nn.Dense(3)(x.reshape(len(x), -1)) + noise
+
+    module = Noisy(nnx.Rngs(noise=0))
+    with pytest.raises(UsageError, match=r"Noisy draws at random from its own Rngs: .*random=True"):
+        as_model(module, SHAPE)
+    linen_module = NoisyLinen()
+    pair = linen_module, linen_module.init({"params": KEY, "noise": KEY}, IMAGES)
+    for given in module, pair:
+        model = as_model(given, SHAPE, random=True)
+        assert model.random
+        draws = [model.logits(model.variables, jax.random.key(n), IMAGES[0]) for n in (0, 0, 1)]
+        np.testing.assert_array_equal(draws[0], draws[1])
+        assert np.any(np.asarray(draws[0]) != draws[2])
+    network = models.cnn(3, widths=(4,), hidden=8)
+    with pytest.raises(UsageError, match="random=True: expected False, as its Network says"):
+        as_model((network, network.init(KEY, IMAGES)), SHAPE, random=True)
 
 
 def test_logits_may_be_an_attribute():
@@ -184,6 +241,7 @@ def test_pytorch_modules():
     with torch.no_grad():
         expected = module(torch.tensor(np.moveaxis(IMAGES, -1, 1))).logits.numpy()
     np.testing.assert_allclose(logits_of(model), expected, atol=1e-5)
+    module.train()
     assert as_model(module, SHAPE).logits is model.logits
     assert not module.training
 

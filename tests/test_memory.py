@@ -41,20 +41,14 @@ def limited(monkeypatch, name: str, fits: int) -> list[int]:
         return used
 
     monkeypatch.setattr(where, name, made)
-    forget()
+    evaluation.forget()
     return tried
-
-
-def forget() -> None:
-    """The programs that evaluations keep for the next one."""
-    engine._driving.cache_clear()
-    engine._judging.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def own() -> Iterator[None]:
     yield
-    forget()
+    evaluation.forget()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from rain_jax.adapters.modules import Forward, known_module
 from rain_jax.checks import UsageError
-from rain_jax.models.loop_safe import loop_safe
+from rain_jax.models.loop_safe import constants_apart, loop_safe
 from rain_jax.types import Array, Key, Model, PyTree
 
 __all__ = ["as_model"]
@@ -34,9 +35,11 @@ def as_model(model: Any, shape: tuple[int, ...], *, random: bool | None = None) 
     - a Flax NNX module or an Equinox module, in evaluation mode;
     - a `torch.nn.Module` of images [N, C, H, W], which is put into evaluation mode (`.eval()`);
     - a function of a batch [B, H, W, C] or of an image, `f(images)`, or `f(key, images)` of a
-      random model. What it closes over is part of the compiled programs, so give large weights as
-      variables of a module;
-    - a `Model`.
+      random model;
+    - a `Model`, which is returned as it is.
+
+    An Equinox module that convolves is given images [C, H, W], as its layers want them, and another
+    one [H, W, C].
 
     Its output is logits [K] for each image, or has them in its attribute `logits`. `random` says
     whether it draws from the key; by default a function that takes a key does.
@@ -46,7 +49,7 @@ def as_model(model: Any, shape: tuple[int, ...], *, random: bool | None = None) 
     batch statistics.
     """
     if isinstance(model, Model):
-        return model
+        return model if random is None else model._replace(random=random)
     forward = known_module(model, random)
     if forward is None:
         if not callable(model):
@@ -60,18 +63,14 @@ def as_model(model: Any, shape: tuple[int, ...], *, random: bool | None = None) 
 
 def _of_function(function: Callable[..., Any], random: bool | None) -> Forward:
     takes_key = _required(function) == 2
-    return Forward(
-        _with_key(function, takes_key), (), takes_key if random is None else random,
-        getattr(function, "__name__", type(function).__name__), batched=None,
-    )  # fmt: skip
 
-
-@functools.lru_cache(64)
-def _with_key(function: Callable[..., Any], takes_key: bool) -> Callable[..., Any]:
     def logits(variables: PyTree, key: Key, images: Array) -> Any:
         return function(key, images) if takes_key else function(images)
 
-    return logits
+    name = getattr(function, "__name__", type(function).__name__)
+    return Forward(
+        logits, (), takes_key if random is None else random, name, batched=None, function=function
+    )
 
 
 def _required(function: Callable[..., Any]) -> int:
@@ -92,14 +91,41 @@ def _required(function: Callable[..., Any]) -> int:
 
 @functools.lru_cache(64)
 def _loop_safe(logits: Callable[..., Any], batched: bool) -> Callable[..., Any]:
-    """The same function for the same model, for which programs are then compiled once."""
+    """The same function for the same module, for which programs are then compiled once."""
+    return loop_safe(_of_one(logits, batched))
 
+
+def _of_one(logits: Callable[..., Any], batched: bool) -> Callable[..., Any]:
     def one(variables: PyTree, key: Key, image: Array) -> Array:
         given = logits(variables, key, image[None] if batched else image)
         found = getattr(given, "logits", given)
         return (found[0] if batched else found).astype(jnp.float32)
 
-    return loop_safe(one)
+    return one
+
+
+# By function: what it was traced as, for which programs are then compiled once. Held weakly, so
+# that a function which is gone takes them along.
+_replays: "weakref.WeakKeyDictionary[Any, dict[str, Callable[..., Any]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _replayed(forward: Forward, batched: bool, shape: tuple[int, ...]) -> Model:
+    """A function's model, with what it closes over as its variables.
+
+    It is traced anew for every model, since it may close over other weights by then.
+    """
+    one = _of_one(forward.logits, batched)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    replay = constants_apart(lambda key, image: one((), key, image), key, image)
+    try:
+        known = _replays.setdefault(forward.function, {})
+    except TypeError:  # not hashable, or never to be referred to weakly
+        known = {}
+    logits = known.setdefault(replay.text, replay.run)
+    return Model(logits, replay.constants, forward.random, forward.name)
 
 
 def _asked(forward: Forward, shape: tuple[int, ...]) -> Model:
@@ -126,9 +152,9 @@ def _asked(forward: Forward, shape: tuple[int, ...]) -> Model:
             getattr(one, "ndim", None) == 2 and one.shape[0] == size
             for one, size in zip(found, _BATCHES, strict=True)
         ):
-            return _checked(forward, True, found[0])
+            return _checked(forward, True, found[0], shape)
         if not batched and getattr(found[0], "ndim", None) == 1:
-            return _checked(forward, False, found[0])
+            return _checked(forward, False, found[0], shape)
     if not outputs:
         first = " ".join(str(errors[0]).split())
         raise UsageError(
@@ -143,7 +169,7 @@ def _asked(forward: Forward, shape: tuple[int, ...]) -> Model:
     )
 
 
-def _checked(forward: Forward, batched: bool, output: Any) -> Model:
+def _checked(forward: Forward, batched: bool, output: Any, shape: tuple[int, ...]) -> Model:
     classes = output.shape[-1]
     if not jnp.issubdtype(output.dtype, jnp.floating):
         raise UsageError(f"the model gives {output.dtype}: expected logits, which are floats")
@@ -152,6 +178,8 @@ def _checked(forward: Forward, batched: bool, output: Any) -> Model:
             "the model gives one number for an image: expected a logit for each class; where there "
             "are two, jnp.concatenate([jnp.zeros_like(z), z], axis=-1) of its logit z"
         )
+    if forward.function is not None:
+        return _replayed(forward, batched, shape)
     return Model(
         _loop_safe(forward.logits, batched), forward.variables, forward.random, forward.name
     )

@@ -12,9 +12,10 @@ from flax import linen, nnx
 from flax.errors import FlaxError
 
 from rain_jax.checks import UsageError
+from rain_jax.keys import is_key
 from rain_jax.types import Array, Key, Network, PyTree
 
-# Arguments by which modules are told that they are not being trained.
+# Arguments that put a module's call into evaluation mode.
 _EVALUATION = {
     "train": False, "training": False, "is_training": False, "deterministic": True,
     "use_running_average": True, "inference": True,
@@ -32,6 +33,7 @@ class Forward(NamedTuple):
     random: bool
     name: str
     batched: bool | None  # None where it has to be found out
+    function: Any = None  # a plain function, which may close over other weights next time
 
 
 def known_module(model: Any, random: bool | None) -> Forward | None:
@@ -39,11 +41,13 @@ def known_module(model: Any, random: bool | None) -> Forward | None:
     if isinstance(model, tuple) and len(model) == 2:
         module, variables = model
         if isinstance(module, Network):
+            if random is not None and random != module.random:
+                raise UsageError(f"random={random}: expected {module.random}, as its Network says")
             return Forward(_of_network(module), variables, module.random, "network", True)
         if isinstance(module, linen.Module):
             return Forward(
-                _of_linen(module), _variables(module, variables), bool(random),
-                type(module).__name__, True,
+                _remembered(_linen_logits, (module, bool(random))), _variables(module, variables),
+                bool(random), type(module).__name__, True,
             )  # fmt: skip
         raise UsageError(
             f"model=({type(module).__name__}, {type(variables).__name__}): expected a Flax linen "
@@ -96,26 +100,25 @@ def _in_evaluation(function: Callable[..., Any]) -> dict[str, bool]:
     return {name: value for name, value in _EVALUATION.items() if name in takes}
 
 
-def _remembered(make: Callable[..., Any], module: Any) -> Any:
-    """`make(module)`, the same for an equal module where it can be told from others."""
+def _remembered(make: Callable[..., Any], known: Any) -> Any:
+    """`make(known)`, the same for equal arguments where they can be told from others."""
     try:
-        hash(module)
+        hash(known)
     except TypeError:
-        return make.__wrapped__(module)  # type: ignore[attr-defined]
-    return make(module)
-
-
-def _of_linen(module: linen.Module) -> Callable[..., Any]:
-    return _remembered(_linen_logits, module)
+        return make.__wrapped__(known)  # type: ignore[attr-defined]
+    return make(known)
 
 
 @functools.lru_cache(64)
-def _linen_logits(module: linen.Module) -> Callable[..., Any]:
-    flags = _in_evaluation(type(module).__call__)
+def _linen_logits(known: tuple[linen.Module, bool]) -> Callable[..., Any]:
+    module, random = known
+    flags: dict[str, Any] = _in_evaluation(type(module).__call__)
 
     def logits(variables: PyTree, key: Key, images: Array) -> Any:
+        # Streams that are not named here draw from that of the parameters.
+        streams: Any = {"rngs": {"params": key}} if random else {}
         try:
-            return module.apply(variables, images, **flags)  # type: ignore[arg-type]
+            return module.apply(variables, images, **streams, **flags)
         except FlaxError as error:
             raise _said(type(module).__name__, error) from error
 
@@ -146,13 +149,31 @@ def _of_nnx(model: nnx.Module, random: bool | None) -> Forward:
                 )
     graph, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: leaf, state)  # what it is now, whatever becomes of the model
-    return Forward(_nnx_logits(graph), state, bool(random), name, True)
+    return Forward(_remembered(_nnx_logits, (graph, bool(random))), state, bool(random), name, True)
 
 
 @functools.lru_cache(64)
-def _nnx_logits(graph: Any) -> Callable[..., Any]:
+def _nnx_logits(known: tuple[Any, bool]) -> Callable[..., Any]:
+    graph, random = known
+
     def logits(variables: PyTree, key: Key, images: Array) -> Any:
-        return nnx.merge(graph, variables)(images)
+        if random:  # a stream of its own for each of the module's keys
+            leaves, structure = jax.tree.flatten(variables)
+            leaves = [
+                jax.random.fold_in(key, place) if is_key(leaf) else leaf
+                for place, leaf in enumerate(leaves)
+            ]
+            variables = jax.tree.unflatten(structure, leaves)
+        module = nnx.merge(graph, variables)
+        before = jax.tree.leaves(nnx.state(module, nnx.RngCount))
+        found = module(images)
+        after = jax.tree.leaves(nnx.state(module, nnx.RngCount))
+        if not random and any(one is not other for one, other in zip(before, after, strict=True)):
+            raise UsageError(
+                f"{type(module).__name__} draws at random from its own Rngs: expected "
+                "model.eval(), or random=True"
+            )
+        return found
 
     return logits
 
@@ -194,17 +215,19 @@ def _equinox_logits(known: tuple[tuple[Any, ...], Any, bool, bool]) -> Callable[
 
 
 def _of_torch(module: Any, random: bool) -> Forward:
+    module.eval()  # each time, for it may have been trained since the last one
+    # What else a module may have become since then: on another device, of other types or layers.
+    parts = tuple(
+        (name, tuple(part.shape), str(part.dtype), str(part.device))
+        for name, part in module.named_parameters()
+    )
+    logits = _torch_logits(module, parts, random)
+    return Forward(logits, (), random, type(module).__name__, False)
+
+
+@functools.lru_cache(8)
+def _torch_logits(module: Any, parts: Any, random: bool) -> Callable[..., Any]:
     from rain_jax.bridges import from_torch
 
-    return Forward(_remembered_torch(module, random, from_torch), (), random,
-                   type(module).__name__, False)  # fmt: skip
-
-
-@functools.lru_cache(16)
-def _remembered_torch(module: Any, random: bool, from_torch: Any) -> Callable[..., Any]:
     logits_fn = from_torch(module, random=random)
-
-    def logits(variables: PyTree, key: Key, image: Array) -> Array:
-        return logits_fn(key, image)
-
-    return logits
+    return lambda variables, key, image: logits_fn(key, image)

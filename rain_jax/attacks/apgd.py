@@ -310,7 +310,7 @@ def adaptive_ascent(
 
     return Iteration(
         init, step, best, steps + last,
-        knows=estimate.knows, draws=estimate.draws, norms=_NORMS,
+        uses=estimate.uses, draws=estimate.draws, norms=_NORMS,
     )  # fmt: skip
 
 

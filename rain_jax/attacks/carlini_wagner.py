@@ -212,5 +212,5 @@ def carlini_wagner(
 
     return Iteration(
         init, step, best, steps, seen=lambda state: known(threat, state.nearest),
-        knows=estimate.knows, draws=estimate.draws, norms=_NORMS, minimum_norm=True,
+        uses=estimate.uses, draws=estimate.draws, norms=_NORMS, minimum_norm=True,
     )  # fmt: skip

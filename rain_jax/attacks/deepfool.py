@@ -155,5 +155,5 @@ def deepfool(
 
     return Iteration(
         init, step, best, steps, seen=lambda state: known(threat, state.nearest),
-        knows=estimate.knows, draws=estimate.draws, norms=(linf, l2, l1), minimum_norm=True,
+        uses=estimate.uses, draws=estimate.draws, norms=(linf, l2, l1), minimum_norm=True,
     )  # fmt: skip

@@ -114,7 +114,7 @@ def _search(
 
     return Iteration(
         init, step, best, steps, seen=lambda state: known(threat, state.nearest),
-        knows=estimate.knows, draws=estimate.draws, norms=norms, minimum_norm=True,
+        uses=estimate.uses, draws=estimate.draws, norms=norms, minimum_norm=True,
     )  # fmt: skip
 
 

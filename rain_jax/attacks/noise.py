@@ -26,5 +26,5 @@ def noise(threat: Threat) -> Iteration:
         return state.image, jnp.float32(0.0)  # whether it is misclassified is for the judge
 
     return Iteration(
-        init, lambda _, state: state, best, steps=0, knows="nothing", norms=(linf, l2, l1)
+        init, lambda _, state: state, best, steps=0, uses="nothing", norms=(linf, l2, l1)
     )

@@ -189,7 +189,7 @@ def ascent(
     return Iteration(
         init, step, best, steps,
         seen=seen if keep == "best" else None, once=estimator is None,
-        knows=estimate.knows, draws=estimate.draws, norms=_NORMS,
+        uses=estimate.uses, draws=estimate.draws, norms=_NORMS,
     )  # fmt: skip
 
 

@@ -120,5 +120,5 @@ def rays(threat: Threat, *, queries: int = 10000) -> Iteration:
 
     return Iteration(
         init, step, best, queries, lambda state: state.asked,
-        knows="label", norms=(linf,), minimum_norm=True,
+        uses="label", norms=(linf,), minimum_norm=True,
     )  # fmt: skip

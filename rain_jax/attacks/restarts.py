@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rain_jax.checks import UsageError, whole
-from rain_jax.types import Image, Iteration, Key, Knowledge, LogitsFn, PyTree, Scalar, Target
+from rain_jax.types import Access, Image, Iteration, Key, LogitsFn, PyTree, Scalar, Target
 
 
 def side_by_side(
@@ -96,10 +96,10 @@ def together(*attacks: Iteration) -> Iteration:
         place = jnp.argmax(jnp.stack(scores))
         return jnp.stack(images)[place], jnp.stack(scores)[place]
 
-    known: tuple[Knowledge, ...] = typing.get_args(Knowledge)  # the most first
+    order: tuple[Access, ...] = typing.get_args(Access)  # the most first
     return Iteration(
         init, step, best, attacks[0].steps,
-        knows=min((attack.knows for attack in attacks), key=known.index),
+        uses=min((attack.uses for attack in attacks), key=order.index),
         draws=min(attack.draws for attack in attacks),
         norms=tuple(n for n in attacks[0].norms if all(n in attack.norms for attack in attacks)),
         minimum_norm=all(attack.minimum_norm for attack in attacks),

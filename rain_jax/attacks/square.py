@@ -215,6 +215,6 @@ def square(
     # The first image is no step.
     attack = Iteration(
         init, step, best, tries - 1, lambda state: answers * state.tried,
-        knows="logits", draws=answers, norms=norms,
+        uses="logits", draws=answers, norms=norms,
     )  # fmt: skip
     return restarted(attack, restarts)

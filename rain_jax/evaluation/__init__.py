@@ -28,6 +28,7 @@ from rain_jax.evaluation.engine import (
     EvaluationRun,
     attack_and_judge,
     cascade,
+    forget,
     key_of,
     logits_fn_of,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "cost",
     "curve",
     "evaluator",
+    "forget",
     "in_some_draw",
     "join",
     "judge",

@@ -2,11 +2,12 @@
 
 import functools
 import hashlib
+import inspect
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rain_jax.evaluation.resume import digest
 from rain_jax.keys import is_key
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, place
-from rain_jax.types import Attack, Iteration, Key, Model, Threat
+from rain_jax.types import Attack, Iteration, Key, Model, Norm, Threat
 
 # Draws of a random model for each verdict, unless it is said how many.
 _DRAWS = 20
@@ -69,7 +70,7 @@ def evaluate(
         every attack gets all of them.
       random: whether the model draws from the key; by default a function that takes a key does.
       folder: where blocks of results are kept until the evaluation is complete: the same call goes
-        on there after a kill, and ends with the same result.
+        on there after a kill, and ends with the same result. One evaluation at a time uses it.
       devices: where it runs, `rain_jax.parallel.place()` by default: on all there are.
       name: what the model is called; by default what it calls itself.
       progress: whether progress is printed; by default unless RAIN_JAX_PROGRESS=0.
@@ -81,25 +82,29 @@ def evaluate(
 
     Raises `UsageError` for a model, images, labels, attacks or a threat of another kind. Warns of
     what makes such numbers wrong: attacks that leave the threat, gradients that are not finite or
-    zero, logits that are not finite, look like probabilities, depend on the other images of a batch
-    or are drawn without saying so.
+    zero, logits that are not finite, look like probabilities or are drawn without saying so. For
+    these it asks about the first four images.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    try:
+        images, labels = np.asarray(images), np.asarray(labels)
+    except ValueError as error:
+        first = " ".join(str(error).split())
+        raise UsageError(f"images and labels: expected arrays: {first:.200}") from None
     whole("batch_size", batch_size, 1)
     if draws is not None:
         whole("draws", draws, 1)
     if jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 among them
         images = images.astype(np.float32)
-    if not isinstance(threat, Threat):
-        raise UsageError(f"threat={threat!r:.60}: expected a Threat(norm, radius)")
+    if devices is not None and not isinstance(devices, Devices):
+        raise UsageError(f"devices={devices!r:.60}: expected what rain_jax.parallel.place gives")
     if key is not None and not is_key(key):
         raise UsageError(f"key={key!r:.60}: expected one as jax.random.key makes it")
-    _check_threat(threat)
+    threat = _checked(threat)
     _check_images(threat, images, labels)
     asked = as_model(model, images.shape[1:], random=random)
     classes = _classes(asked, images.shape[1:])
     _check_labels(labels, len(images), classes)
-    columns = _columns(attacks, threat, asked)
+    columns = _columns(attacks, threat, asked, images.shape[1:], classes, folder is not None)
     times = draws if draws is not None else _DRAWS if asked.random else 1
     found = _look(asked, images, labels, times)
     whole_images = as_float(images)
@@ -122,10 +127,11 @@ def evaluate(
         batch_size=batch_size,
         folder=None if folder is None else Path(folder),
         name=asked.name if name is None else name,
-        identity=None if folder is None else _identity(asked, columns, whole_images, classes),
+        identity=None if folder is None else _identity(asked, whole_images, labels),
         shown=progress,
     )
     run = evaluation()
+    run.found.image = np.array(run.found.image)  # the file that it may lie in goes now
     evaluation.finish()
     found += _of_the_run(run)
     for text in found:
@@ -133,7 +139,9 @@ def evaluate(
     return Result(evaluation.name, threat, whole_images, run, tuple(found))
 
 
-def _columns(attacks: Any, threat: Threat, model: Model) -> dict[str, AttackColumn]:
+def _columns(
+    attacks: Any, threat: Threat, model: Model, shape: tuple[int, ...], classes: int, kept: bool
+) -> dict[str, AttackColumn]:
     """The attacks by title."""
     if isinstance(attacks, str):
         one_of("attacks", attacks, suites.__all__)
@@ -153,7 +161,31 @@ def _columns(attacks: Any, threat: Threat, model: Model) -> dict[str, AttackColu
     for taken in ("clean", "worst case"):
         if taken in attacks:
             raise UsageError(f"attacks: expected another name than {taken!r}, which is taken")
-    return {str(title): AttackColumn(attack) for title, attack in attacks.items()}
+    for title, attack in attacks.items():
+        try:
+            inspect.signature(attack).bind("key", "logits_fn", "image", "label")
+        except TypeError as error:
+            raise UsageError(
+                f"attacks: {title} is {attack!r:.60}: expected an attack, (key, logits_fn, image, "
+                f"label) -> image, as pgd(threat, steps=40) makes one ({error})"
+            ) from None
+    return {
+        str(title): AttackColumn(
+            attack, settings=_attack_identity(attack, shape, classes) if kept else None
+        )
+        for title, attack in attacks.items()
+    }
+
+
+def _attack_identity(attack: Any, shape: tuple[int, ...], classes: int) -> str:
+    """What tells an attack from others: its program on a model that stands in for any."""
+
+    def stand_in(key: Key, image: Any) -> Any:
+        return jnp.sin(jnp.sum(image) * jnp.arange(1.0, classes + 1))
+
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    key, label = jax.eval_shape(jax.random.key, 0), jax.ShapeDtypeStruct((), jnp.int32)
+    return _hashed(jax.make_jaxpr(lambda k, x, y: attack(k, stand_in, x, y))(key, image, label))
 
 
 def _of_the_run(run: EvaluationRun) -> list[str]:
@@ -225,34 +257,44 @@ def _answers_and_slopes(logits: Callable[..., Any]) -> Callable[..., Any]:
     return program
 
 
-def _identity(
-    model: Model, columns: Mapping[str, AttackColumn], images: np.ndarray, classes: int
-) -> list[str]:
-    """What tells this model and these attacks from others: programs, and answers to few images."""
+def _identity(model: Model, images: np.ndarray, labels: np.ndarray) -> list[str]:
+    """What tells this model and these images from others, beside the model's variables.
+
+    That is the program of its logits and of their gradient, which other rules for derivatives
+    change alone, and what it answers to a few images, since weights may be out of JAX's sight.
+    """
+
+    def slope(variables: Any, key: Key, image: Any) -> Any:
+        total = lambda image: jnp.sum(jnp.cos(model.logits(variables, key, image)))
+        return jax.value_and_grad(total)(image)
+
     image = jax.ShapeDtypeStruct(images.shape[1:], jnp.float32)
-    key = jax.eval_shape(jax.random.key, 0)
-
-    def stand_in(key: Key, image: Any) -> Any:
-        return jnp.sin(jnp.sum(image) * jnp.arange(1.0, classes + 1))
-
-    def hashed(function: Any, *arguments: Any) -> str:
-        program = jax.make_jaxpr(function)(*arguments)
-        text = re.sub(r"0x[0-9a-f]+", "", str(program))  # where functions lie in memory
-        constants = digest(*(np.asarray(value) for value in program.consts))
-        return hashlib.sha256(f"{text}{constants}".encode()).hexdigest()[:16]
-
-    few = jnp.asarray(images[:_FEW])
-    answers = jax.jit(jax.vmap(model.logits, (None, None, 0)))(
-        model.variables, jax.random.key(0), few
+    program = jax.make_jaxpr(slope)(model.variables, jax.eval_shape(jax.random.key, 0), image)
+    few, label = images[:_FEW], labels[:_FEW].astype(np.int32)
+    answers = np.asarray(
+        _answers_and_slopes(model.logits)(model.variables, jax.random.key(0), few, label)[0]
     )
-    return [
-        hashed(model.logits, model.variables, key, image),
-        digest(np.asarray(answers)),
-        *(
-            hashed(lambda key, x, y, a=column.attack: a(key, stand_in, x, y), key, image, 0)
-            for column in columns.values()
-        ),
-    ]
+    # Coarsely, since an accelerator may add in another order next time.
+    scale = np.max(np.abs(answers), initial=1e-30)
+    return [_hashed(program), digest(np.round(answers / scale, 3)), digest(images, labels)]
+
+
+def _hashed(program: Any) -> str:
+    """A hash of a jaxpr, with the arrays in it and in the programs that it calls."""
+    found = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
+    for array in _constants(program):
+        plain = jax.random.key_data(array) if is_key(array) else array
+        found.update(digest(np.asarray(plain)).encode())
+    return found.hexdigest()[:16]
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    yield from getattr(program, "consts", ())
+    is_program = lambda value: hasattr(value, "eqns")
+    for equation in program.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(value):
+                yield from _constants(value)
 
 
 def _classes(model: Model, shape: tuple[int, ...]) -> int:
@@ -266,12 +308,22 @@ def _classes(model: Model, shape: tuple[int, ...]) -> int:
     return int(logits.shape[0])
 
 
-def _check_threat(threat: Threat) -> None:
-    """Refuses a radius in other units, and one that nothing can keep."""
+def _checked(threat: Any) -> Threat:
+    """The threat in plain numbers; refuses a radius in other units, and one nothing can keep."""
+    if not isinstance(threat, Threat):
+        raise UsageError(f"threat={threat!r:.60}: expected a Threat(norm, radius)")
+    if not isinstance(threat.norm, Norm):
+        raise UsageError(f"threat.norm={threat.norm!r:.60}: expected rain_jax.norms.linf, l2 or l1")
+    numbers: Any = {}
+    for field in ("radius", "low", "high"):
+        try:
+            value = getattr(threat, field)
+            numbers[field] = float("nope" if isinstance(value, str) else value)
+        except (TypeError, ValueError):
+            raise UsageError(f"threat.{field}={value!r:.60}: expected a number") from None
+    threat = threat._replace(**numbers)
     most = threat.high - threat.low if threat.norm is linf else math.inf
-    if isinstance(threat.radius, str):
-        raise UsageError(f"threat.radius={threat.radius!r}: expected a number")
-    radius = float(threat.radius)
+    radius = threat.radius
     if most < radius <= 255 * most:
         raise UsageError(
             f"threat.radius={radius:g}: expected a number in [0, {most:g}]; pixels are in "
@@ -280,6 +332,7 @@ def _check_threat(threat: Threat) -> None:
     if radius == math.inf:
         raise UsageError("threat.radius=inf: expected a distance that can be kept")
     within("threat.radius", radius, 0.0, most)
+    return threat
 
 
 def _check_images(threat: Threat, images: np.ndarray, labels: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """The evaluation of one model: attacks one after the other, judged, resumable, with progress.
 
-`Evaluation` is what the command line, sweeps' reference cells and `rain_jax.evaluate` run. Images
-are attacked in blocks; a block that is done is kept in a folder, so that an evaluation which was
-killed goes on behind it and ends with the same results.
+The commands and `rain_jax.evaluate` run an `Evaluation`. Images are attacked in blocks. A block
+that is done is kept in a folder: an evaluation that was killed reads it when it is started again,
+attacks the images that are left, and ends with the same results.
 """
 
 import functools
@@ -36,6 +36,7 @@ from rain_jax.evaluation.verdicts import (
     judging,
 )
 from rain_jax.logs import Progress
+from rain_jax.models.conv import left_to_lax
 from rain_jax.parallel import Devices
 from rain_jax.types import Attack, Iteration, Key, LogitsFn, Model, Threat, Variables
 
@@ -93,8 +94,9 @@ class EvaluationRun(NamedTuple):
     def robust(self) -> dict[str, np.ndarray]:
         """How correct the model is about each image [N] in each column, and in the worst case.
 
-        True or False, and of a random model the share of the draws that are correct. In a cascade
-        that is under this column and all before it.
+        Of a fixed model True or False, in a cascade after this column and all before it. Of a
+        random one the share of the draws that are correct after this column's attack; an image that
+        it was not given has the share from before. The worst case of several is judged anew.
         """
         clean = self.columns["clean"].judgement
         counted = shares if self.random else worst_case
@@ -182,6 +184,12 @@ def attack_and_judge(
     return judge(judged, key, drive(attacked, key, batches))
 
 
+def forget() -> None:
+    """Drops the programs that are kept for further evaluations, and what they hold on to."""
+    for kept in (_driving, _judging, _logits_fn_of):
+        kept.cache_clear()
+
+
 def cascade(
     drives: Mapping[str, Drive],
     judge: Judging,
@@ -227,9 +235,9 @@ def _judging(of: LogitsFnOf, rules: Rules, devices: Devices, size: int) -> Judgi
 @functools.lru_cache(_KEPT)
 def _driving(
     attack: Attack | Iteration, of: LogitsFnOf, devices: Devices, size: int,
-    early: bool | Judging, shape: tuple[int, ...],
+    early: bool | Judging, like: Any,
 ) -> Drive:  # fmt: skip
-    """The programs of an attack, which are made for images of one shape."""
+    """The programs of an attack, made for images, variables and keys that are `like` these."""
     return packed(attack, of, devices, batch_size=size, early=early)
 
 
@@ -335,7 +343,7 @@ class Evaluation:
         self._journal.finish()
 
     def key_of(self, title: str) -> Key:
-        """A column's draws are its own, whichever others stand beside it."""
+        """The root of a column's draws, which do not depend on the other columns."""
         return key_of(self.key, title)
 
     def _judge(self, rules: Rules, size: int) -> Judging:
@@ -375,15 +383,21 @@ class Evaluation:
                 weights = self.devices.replicate(model.variables)
                 known = digest_of(model.variables)
         # Of a random model the worst mean is wanted, not the first one that is bad enough; and of
-        # another form of the model the judge may think otherwise. Of rounded images it is asked.
+        # another form of the model the judge may think otherwise. Where images are rounded, the
+        # judge says which may leave.
         early = early and self.draws == 1 and column.model is None
         if column.threat is not None:
             rules = rules._replace(threat=column.threat)
         of = logits_fn_of(model)
+        like = (
+            self.source.shape, self.source.classes, str(jax.random.key_impl(self.key)),
+            left_to_lax(), jax.tree.structure(weights),
+            tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(weights)),
+        )  # fmt: skip
 
         def drive(size: int) -> Drive:
             leaves = self._judge(rules, size) if early and rules.eight_bit else early
-            return _kept(_driving, column.attack, of, self.devices, size, leaves, self.source.shape)
+            return _kept(_driving, column.attack, of, self.devices, size, leaves, like)
 
         turns_on = {"settings": column.settings, "attacked": known, "early": early}
         offered = column.threat is None and title in self.columns
@@ -407,11 +421,15 @@ class Evaluation:
         `offered` says whether they are candidates for the worst of each image.
         """
 
+        # The same ones for every block, also where nothing is kept between evaluations.
+        driving = functools.cache(drive)
+        judging_ = functools.cache(partial(self._judge, rules))
+
         def verdicts_on(places: np.ndarray) -> Iterator[Verdicts]:
             size = self._room.size
             batches = evaluation_batches(self.source, size, places)
             variables = attacked, self._variables
-            return attack_and_judge(drive(size), self._judge(rules, size), variables, key, batches)
+            return attack_and_judge(driving(size), judging_(size), variables, key, batches)
 
         key, threat = self.key_of(title), rules.threat
         pages = self._journal.column(title, {
@@ -485,5 +503,5 @@ class Evaluation:
 
 
 def key_of(root: Key, title: str) -> Key:
-    """The draws of a column are its own, whichever others stand beside it."""
+    """The root of a column's draws, which do not depend on the other columns."""
     return jax.random.fold_in(root, zlib.crc32(title.encode()))

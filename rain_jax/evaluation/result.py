@@ -33,7 +33,8 @@ class Result:
     def robust(self) -> dict[str, np.ndarray]:
         """bool [N] by attack, `clean` first: correct after this attack and those before it.
 
-        Of a random model float [N], the share of the draws that are correct.
+        Of a random model float [N]: the share of the draws that are correct after this attack,
+        whatever those before it found; "worst case" is judged anew, on each image's worst.
         """
         counted = [title for title in self.run.columns if title not in self.run.checks]
         robust = self.run.robust
@@ -56,7 +57,7 @@ class Result:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The share of all images that are correct after each attack and those before it."""
+        """By attack: the mean of `robust`, the share of all images that are correct."""
         return {title: share.value for title, share in self._shares().items()}
 
     @property
@@ -87,14 +88,17 @@ class Result:
     @property
     def passes(self) -> Passes | None:
         """Forward and backward passes of all attacks and the judge; None if one is not counted."""
-        columns = [*self.run.columns.values(), *([self.run.worst] if self.run.worst else [])]
+        columns = self._columns()
         counted = [column.passes for column in columns if column.passes is not None]
         return sum(counted, start=Passes(0.0, 0.0)) if len(counted) == len(columns) else None
 
     @property
     def seconds(self) -> float:
         """That attacks and judge took, compiling among them."""
-        return sum(column.seconds for column in self.run.columns.values())
+        return sum(column.seconds for column in self._columns())
+
+    def _columns(self) -> list[ColumnResult]:
+        return [*self.run.columns.values(), *([self.run.worst] if self.run.worst else [])]
 
     def __str__(self) -> str:
         return "\n".join([self._head(), "", table(self._rows(), _HEADERS), *self._notes()])

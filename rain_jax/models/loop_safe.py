@@ -8,7 +8,7 @@ convolutions replaced. Values and gradients stay those of `lax` up to rounding.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,39 @@ def loop_safe(function: F) -> F:
     return replaced  # type: ignore[return-value]
 
 
-def _evaluate(program: Any, arguments: Sequence[Any]) -> list[Any]:
-    """What a jaxpr computes of flat arguments, its convolutions replaced."""
+class Replay(NamedTuple):
+    """A function as JAX traced it, and the arrays that it closed over."""
+
+    run: Callable[..., Any]  # of these arrays and of the function's arguments
+    constants: list[Any]
+    text: str  # the program, and how it convolves: what tells it from others of one function
+
+
+def constants_apart(function: Callable[..., Any], *arguments: Any) -> Replay:
+    """The function with what it closes over as an argument, loop-safe on CPU.
+
+    It is traced now, for arguments of these shapes (arrays or `ShapeDtypeStruct`s).
+    """
+    # A function of its own, since JAX remembers what it traced, with what was closed over then.
+    closed, shape = jax.make_jaxpr(lambda *given: function(*given), return_shape=True)(*arguments)
+    structure = jax.tree.structure(shape)
+    constants = list(getattr(closed, "consts", ()))
+    program = getattr(closed, "jaxpr", closed)
+
+    def run(constants: list[Any], *given: Any) -> Any:
+        leaves = _evaluate(program, jax.tree.leaves(given), constants)
+        return jax.tree.unflatten(structure, leaves)
+
+    return Replay(run, constants, f"{conv.left_to_lax()} {closed}")
+
+
+def _evaluate(
+    program: Any, arguments: Sequence[Any], constants: Sequence[Any] | None = None
+) -> list[Any]:
+    """What a jaxpr computes of flat arguments, its convolutions replaced on CPU."""
     jaxpr = getattr(program, "jaxpr", program)
-    values = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
+    known = getattr(program, "consts", ()) if constants is None else constants
+    values = dict(zip(jaxpr.constvars, known, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
@@ -87,6 +116,8 @@ def _evaluate(program: Any, arguments: Sequence[Any]) -> list[Any]:
 
 def _rule(equation: Any) -> Callable[[Any, list[Any]], Sequence[Any]]:
     name = equation.primitive.name
+    if not conv.needs_loop_safety():
+        return _as_it_is
     if name == _CONVOLUTION:
         return _convolved
     if any(map(_has_convolution, _inner(equation))):

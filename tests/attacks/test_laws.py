@@ -270,8 +270,8 @@ def test_a_model_without_gradients_yields_finite_images(name):
 def test_it_uses_of_the_model_what_it_declares(name):
     attack = declared(name)
     parts = cost(attack, SHAPE, CLASSES)[:3]  # to begin, of a step, and at the end
-    assert any(part.backward > 0 for part in parts) == (attack.knows == "gradient")
-    assert any(part.forward > 0 for part in parts) == (attack.knows != "nothing")
+    assert any(part.backward > 0 for part in parts) == (attack.uses == "gradient")
+    assert any(part.forward > 0 for part in parts) == (attack.uses != "nothing")
 
 
 def test_where_gradients_are_not_numbers_the_other_pixels_are_climbed(name):

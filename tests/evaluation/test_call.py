@@ -90,7 +90,7 @@ def test_its_images_are_what_misled_the_model(result):
     np.testing.assert_array_equal(result.distances > 0, ~robust & result.robust["clean"])
 
 
-def test_it_says_who_did_what_and_what_that_took(result):
+def test_each_attack_has_its_images_and_its_cost(result):
     found = result.misclassified
     np.testing.assert_array_equal(found["clean"], ~result.robust["clean"])
     assert not np.any(found["pgd"] & ~result.robust["noise"])
@@ -122,10 +122,12 @@ def test_without_a_cascade_every_attack_gets_every_image():
 def test_the_same_call_compiles_nothing():
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event)
-    attack = lambda: pgd(THREAT, steps=10)
-    first = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), progress=False)
+    attack = lambda: pgd(THREAT, steps=11)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
+        first = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), progress=False)
+        assert [event for event in compiled if event.endswith("backend_compile_duration")]
+        compiled.clear()
         again = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), progress=False)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -161,9 +163,14 @@ def test_killed_it_goes_on_and_ends_with_the_same_result(tmp_path, monkeypatch, 
     np.testing.assert_array_equal(again.robust["pgd"], result.robust["pgd"])
     np.testing.assert_array_equal(again.adversarial_images, result.adversarial_images)
     assert not list(tmp_path.iterdir())  # what was kept has served
-    # Another attack of the same name, and another model of the same shape, are no such call.
-    other = Model(logits, WEIGHTS[:, ::-1]), *given[1:]
-    for changed in (*given[:4], {"noise": pgd(THREAT, steps=3)}), other:
+    # Other attacks of the same names, weights, labels and programs are no such call.
+    label = np.where(np.arange(37) == 20, (LABELS + 1) % 3, LABELS)
+    for changed in (
+        (*given[:4], {"noise": ATTACKS["pgd"], "pgd": ATTACKS["noise"]}),
+        (Model(logits, WEIGHTS[:, ::-1]), *given[1:]),
+        (*given[:2], label, *given[3:]),
+        (Model(lambda w, k, x: logits(jax.lax.stop_gradient(w), k, x), WEIGHTS), *given[1:]),
+    ):
         read.clear()
         with monkeypatch.context() as patch:
             patch.setattr(resume.Pages, "write", write_and_stop)
@@ -219,9 +226,10 @@ def test_a_model_that_draws_is_attacked_to_the_end():
 
 
 def test_keys_of_any_kind_will_do():
-    own = {"key": jax.random.key(0, impl="rbg"), "batch_size": 8}
-    robust = evaluate(MODEL, IMAGES, LABELS, THREAT, ATTACKS, progress=False, **own).robust
-    assert 3 < np.sum(robust["pgd"]) < np.sum(robust["clean"]) - 3
+    for impl in ("threefry2x32", "rbg"):  # one after the other, whose programs are kept
+        own = {"key": jax.random.key(0, impl=impl), "progress": False}
+        robust = evaluate(MODEL, IMAGES, LABELS, THREAT, ATTACKS, **own).robust
+        assert 3 < np.sum(robust["pgd"]) < np.sum(robust["clean"]) - 3
 
 
 REFUSED = [
@@ -253,6 +261,12 @@ REFUSED = [
     (dict(attacks=[ATTACKS["pgd"]]), r"attacks are a list: expected a suite's name, an attack"),
     (dict(threat=(linf, 0.1)), r"threat=\(.*: expected a Threat"),
     (dict(threat=Threat(linf, "8")), r"threat.radius='8': expected a number"),
+    (dict(threat=Threat(linf, None)), r"threat.radius=None: expected a number"),
+    (dict(threat=Threat("linf", 0.1)), r"threat.norm='linf': expected rain_jax.norms.linf"),
+    (dict(attacks={"pgd": pgd}), r"attacks: pgd is <function pgd .*as pgd\(threat, steps=40\)"),
+    (dict(attacks={"pgd": 3}), r"attacks: pgd is 3: expected an attack"),
+    (dict(images=[[1], [1, 2]]), r"images and labels: expected arrays"),
+    (dict(devices=1), r"devices=1: expected what rain_jax.parallel.place gives"),
     (dict(key=3), r"key=3: expected one as jax.random.key makes it"),
 ]  # fmt: skip
 
