@@ -382,7 +382,7 @@ def _kind(experiment: build.Experiment, title: str) -> str:
     """Whether an attack sees the deployed model's gradients ("white"), or less."""
     look = experiment.looks[title]
     # One that declares nothing is taken to see everything.
-    if getattr(look.attack, "knows", "gradient") != "gradient":
+    if getattr(look.attack, "uses", "gradient") != "gradient":
         return "black"
     through = look.through or ""
     other = through.startswith(RUN) or any(word in _OTHERS for word in through.split("+"))
