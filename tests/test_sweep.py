@@ -188,7 +188,7 @@ def test_corruptions_are_an_axis_and_cost_no_programs(trained, tmp_path):
     assert cells == [(f, s) for f in ("gaussian_noise", "contrast") for s in (1, 5)]
     clean = [cell["clean"]["accuracy"] for cell in record["cells"]]
     assert clean[3] < clean[2]  # whatever was learnt: little is left of contrast
-    margins = [cell["mean_margin"] for cell in record["cells"]]
+    margins = [cell["attack"]["mean_margin"] for cell in record["cells"]]
     assert len(set(margins)) == 4, "every cell has images of its own"
     for number in (1, 2):
         family, severity = cells[number]
