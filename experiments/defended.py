@@ -2,7 +2,6 @@
 that they begin with.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 from experiments import settings
 from experiments.schema import make
 from rain_jax import defences, evaluation, models
+from rain_jax.adapters import of_network
 from rain_jax.checks import UsageError, nearest, one_of
 from rain_jax.defences.network import ensemble, in_front, parts_of
 from rain_jax.defences.vote import mean_logits, smallest_margins, vote_scores
-from rain_jax.types import Array, Defence, Key, Model, Network, Variables
+from rain_jax.types import Array, Defence, Key, Network, Variables
 
 _VOTES = {"vote": vote_scores, "mean": mean_logits, "margins": smallest_margins}
 # The classifier taken out of its defence; and another run, by its folder.
@@ -154,22 +154,6 @@ def followed(network: Network, variables: Variables, shape: tuple[int, ...]) -> 
     return {**variables, "frozen": {**frozen, "defence": {**frozen["defence"], **fixed}}}
 
 
-def model_of(network: Network, variables: Variables) -> Model:
-    """The network in evaluation mode, one image at a time."""
-    return Model(_logits(network), variables, network.random)
-
-
 def logits_fn_of(network: Network) -> evaluation.LogitsFnOf:
     """The network in evaluation mode as a function of its variables, one image at a time."""
-    return evaluation.logits_fn_of(model_of(network, {}))
-
-
-@functools.lru_cache(64)
-def _logits(network: Network) -> Callable[[Variables, Key, Array], Array]:
-    """The same function for the same network, for which programs are then compiled once."""
-
-    def logits(variables: Variables, key: Key, image: Array) -> Array:
-        keys = key[None] if network.random else None
-        return network.apply(variables, image[None], train=False, keys=keys)[0][0]
-
-    return logits
+    return evaluation.logits_fn_of(of_network(network, {}))

@@ -7,6 +7,7 @@ import jax
 from experiments import build, corrupted, defended, ladder, loading, looks, settings, workdir
 from experiments import schema as schema_
 from rain_jax import data, evaluation
+from rain_jax.adapters import of_network
 from rain_jax.evaluation import AttackColumn, Evaluation, EvaluationRun
 from rain_jax.evaluation.resume import code
 from rain_jax.types import Key, Model, PyTree
@@ -57,7 +58,7 @@ def evaluation_of(
 
     sections = [experiment.config[s] for s in ("network", "defence", "ensemble")]
     return Evaluation(
-        model=defended.model_of(experiment.network, variables),
+        model=of_network(experiment.network, variables),
         source=data.first(experiment.splits.test, wanted.images),
         threat=experiment.threat,
         columns={title: column(title, look) for title, look in experiment.looks.items()},
@@ -81,7 +82,7 @@ def evaluation_of(
 def attacked_model(experiment: build.Experiment, variables: PyTree, through: str) -> Model:
     """The form of the model that an attack is run on: of the same weights, or another run's."""
     if not through.startswith(defended.RUN):
-        return defended.model_of(experiment.assembly.through(through), variables)
+        return of_network(experiment.assembly.through(through), variables)
     folder = Path(through.removeprefix(defended.RUN))
     other = build.experiment(workdir.read_config(folder))
-    return defended.model_of(other.network, loading.load(other, folder)[0])
+    return of_network(other.network, loading.load(other, folder)[0])

@@ -78,7 +78,7 @@ def described(
     checks: Sequence[Check] | None,
 ) -> dict[str, Any]:
     """What evaluation.json says; of `checks` None, that none were made."""
-    stands = {title: counted(share) for title, share in measured.robust.items()}
+    robust = {title: counted(share) for title, share in measured.robust.items()}
     clean = measured.columns["clean"]
     radius = float(experiment.threat.radius)
     attacks = experiment.evaluation.attacks
@@ -96,14 +96,14 @@ def described(
             "radius_in_255": 255 * radius,
         },
         "clean": {
-            **stands["clean"],
+            **robust["clean"],
             **_over_draws(experiment, clean),
             **_near(clean),
             **_cost(clean),
         },
         "attacks": {
             title: {
-                **stands[title],
+                **robust[title],
                 **_told(column),
                 "settings": attacks.get(title, experiment.evaluation.suite),
                 "through": experiment.looks[title].through,
@@ -114,7 +114,7 @@ def described(
         "cascade": measured.cascade,
         # The last column that is no check of another threat.
         "worst_case": {
-            **[v for title, v in stands.items() if title not in measured.checks][-1],
+            **[v for title, v in robust.items() if title not in measured.checks][-1],
             **_over_draws(experiment, measured.worst),
             # On another kind of machine verdicts on the same images may differ for these.
             "near_boundary": near_boundary(measured),

@@ -43,7 +43,7 @@ _SUM = 0.01
 _BLIND, _SHORT, _UNCHANGED = 0.002, 0.02, 0.05
 # The chance of a false alarm by which the images at hand may be too few.
 _ALARM = 0.01
-# Forms of a model that tell nothing of the deployed model's gradients.
+# Forms of a model whose gradients are not those of the deployed one.
 _OTHERS = UNDEFENDED, "gray"
 
 
@@ -346,15 +346,15 @@ def _of_lengths(
 def _of_others(
     measured: EvaluationRun,
     probe: Probe,
-    stands: np.ndarray,
+    robust: np.ndarray,
     random: bool,
     radius: float,
 ) -> list[Check]:
-    """Whether what `stands` [N] in the end falls to a short attack, or to one without a radius."""
+    """Whether a short attack, or one without a radius, misclassifies what is `robust` [N]."""
     share, name = probe.share[0], f"PGD-{_STEPS}"
     images = len(share)
-    fallen = int(np.sum((stands[:images] > 0) & (share == 0)))
-    first, other = float(np.mean(stands[:images])), float(np.mean(share))
+    fallen = int(np.sum((robust[:images] > 0) & (share == 0)))
+    first, other = float(np.mean(robust[:images])), float(np.mean(share))
     found = [Check(
         f"{name} finds little that this evaluation did not",
         not above(first, other, images) if random else not _surely_more(fallen, images, _SHORT),
@@ -364,11 +364,11 @@ def _of_others(
     for title, column in measured.distances.items() if not random else ():
         judgement = column.judgement
         near = ~evaluation.standing(judgement) & (judgement.distance <= radius)
-        fallen = int(np.sum(stands[judgement.index[near]] > 0))
+        fallen = int(np.sum(robust[judgement.index[near]] > 0))
         found.append(Check(
             f"{title} finds little that this evaluation did not",
-            not _surely_more(fallen, len(stands), _SHORT),
-            f"it alone breaks {fallen:,} of {len(stands):,} images",
+            not _surely_more(fallen, len(robust), _SHORT),
+            f"it alone breaks {fallen:,} of {len(robust):,} images",
         ))  # fmt: skip
     return found
 

@@ -16,8 +16,4 @@ def __getattr__(name: str) -> Any:
         from rain_jax.evaluation.call import evaluate
 
         return evaluate
-    if name == "Threat":
-        from rain_jax.types import Threat
-
-        return Threat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring, defended, evaluate, looks, measure, recount
+from experiments import build, configuring, evaluate, looks, measure, recount
 from experiments.record import model_info
 from rain_jax import data, evaluation
+from rain_jax.adapters import of_network
 
 
 def experiment_of(tmp_path: Path, **settings):
@@ -241,10 +241,8 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
 
 
 def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeypatch):
-    fixed = defended.model_of
-
     def noisy(network, variables):
-        model = fixed(network, variables)
+        model = of_network(network, variables)
 
         def logits(variables, key, image):
             return model.logits(variables, key, image) + jax.random.normal(key, (10,))
@@ -252,8 +250,7 @@ def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeyp
         return model._replace(logits=logits)
 
     # What is measured alone: the checks would find out.
-    stand_in = types.SimpleNamespace(model_of=noisy, RUN=defended.RUN)
-    monkeypatch.setattr(measure, "defended", stand_in)
+    monkeypatch.setattr(measure, "of_network", noisy)
     _, _, record, verdicts = told(
         tmp_path, variables, draws=16, suite=dict(name="rand", steps=2, draws=4),
         **{"attacks.pgd40": None},

@@ -4,7 +4,6 @@
 `torch.nn.Module`, a `Network` of this project with its variables, or a plain function.
 """
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rain_jax.adapters.modules import Forward, known_module
+from rain_jax.adapters.modules import Forward, known_module, of_network
 from rain_jax.checks import UsageError
 from rain_jax.models.loop_safe import constants_apart, loop_safe
-from rain_jax.types import Array, Key, Model, PyTree
+from rain_jax.remembered import remembered
+from rain_jax.types import Array, Key, Model, Network, PyTree
 
-__all__ = ["as_model"]
+__all__ = ["as_model", "of_network"]
 
 # Numbers of images on which a function of batches is recognised.
 _BATCHES = (1, 3)
@@ -50,6 +50,10 @@ def as_model(model: Any, shape: tuple[int, ...], *, random: bool | None = None) 
     """
     if isinstance(model, Model):
         return model if random is None else model._replace(random=random)
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], Network):
+        if random is not None and random != model[0].random:
+            raise UsageError(f"random={random}: expected {model[0].random}, as its Network says")
+        return of_network(*model)
     forward = known_module(model, random)
     if forward is None:
         if not callable(model):
@@ -89,7 +93,7 @@ def _required(function: Callable[..., Any]) -> int:
     return max(1, len(wanted))
 
 
-@functools.lru_cache(64)
+@remembered
 def _loop_safe(logits: Callable[..., Any], batched: bool) -> Callable[..., Any]:
     """The same function for the same module, for which programs are then compiled once."""
     return loop_safe(_of_one(logits, batched))

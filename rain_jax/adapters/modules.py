@@ -1,6 +1,5 @@
 """Modules of Flax, Equinox and PyTorch, as functions of their variables."""
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +12,8 @@ from flax.errors import FlaxError
 
 from rain_jax.checks import UsageError
 from rain_jax.keys import is_key
-from rain_jax.types import Array, Key, Network, PyTree
+from rain_jax.remembered import remembered
+from rain_jax.types import Array, Key, Model, Network, PyTree, Variables
 
 # Arguments that put a module's call into evaluation mode.
 _EVALUATION = {
@@ -40,13 +40,9 @@ def known_module(model: Any, random: bool | None) -> Forward | None:
     """The forward pass of a module that is known, or None."""
     if isinstance(model, tuple) and len(model) == 2:
         module, variables = model
-        if isinstance(module, Network):
-            if random is not None and random != module.random:
-                raise UsageError(f"random={random}: expected {module.random}, as its Network says")
-            return Forward(_of_network(module), variables, module.random, "network", True)
         if isinstance(module, linen.Module):
             return Forward(
-                _remembered(_linen_logits, (module, bool(random))), _variables(module, variables),
+                _linen_logits(module, bool(random)), _variables(module, variables),
                 bool(random), type(module).__name__, True,
             )  # fmt: skip
         raise UsageError(
@@ -73,11 +69,16 @@ def _is_a(library: str, kind: str, model: Any) -> bool:
     return known is not None and isinstance(model, known)
 
 
-@functools.lru_cache(64)
-def _of_network(network: Network) -> Callable[..., Any]:
-    def logits(variables: PyTree, key: Key, images: Array) -> Array:
+def of_network(network: Network, variables: Variables) -> Model:
+    """A network of this project with its variables, in evaluation mode, one image at a time."""
+    return Model(_network_logits(network), variables, network.random, "network")
+
+
+@remembered
+def _network_logits(network: Network) -> Callable[..., Any]:
+    def logits(variables: Variables, key: Key, image: Array) -> Array:
         keys = key[None] if network.random else None
-        return network.apply(variables, images, train=False, keys=keys)[0]
+        return network.apply(variables, image[None], train=False, keys=keys)[0][0]
 
     return logits
 
@@ -100,18 +101,8 @@ def _in_evaluation(function: Callable[..., Any]) -> dict[str, bool]:
     return {name: value for name, value in _EVALUATION.items() if name in takes}
 
 
-def _remembered(make: Callable[..., Any], known: Any) -> Any:
-    """`make(known)`, the same for equal arguments where they can be told from others."""
-    try:
-        hash(known)
-    except TypeError:
-        return make.__wrapped__(known)  # type: ignore[attr-defined]
-    return make(known)
-
-
-@functools.lru_cache(64)
-def _linen_logits(known: tuple[linen.Module, bool]) -> Callable[..., Any]:
-    module, random = known
+@remembered
+def _linen_logits(module: linen.Module, random: bool) -> Callable[..., Any]:
     flags: dict[str, Any] = _in_evaluation(type(module).__call__)
 
     def logits(variables: PyTree, key: Key, images: Array) -> Any:
@@ -149,13 +140,11 @@ def _of_nnx(model: nnx.Module, random: bool | None) -> Forward:
                 )
     graph, state = nnx.split(model)
     state = jax.tree.map(lambda leaf: leaf, state)  # what it is now, whatever becomes of the model
-    return Forward(_remembered(_nnx_logits, (graph, bool(random))), state, bool(random), name, True)
+    return Forward(_nnx_logits(graph, bool(random)), state, bool(random), name, True)
 
 
-@functools.lru_cache(64)
-def _nnx_logits(known: tuple[Any, bool]) -> Callable[..., Any]:
-    graph, random = known
-
+@remembered
+def _nnx_logits(graph: Any, random: bool) -> Callable[..., Any]:
     def logits(variables: PyTree, key: Key, images: Array) -> Any:
         if random:  # a stream of its own for each of the module's keys
             leaves, structure = jax.tree.flatten(variables)
@@ -195,15 +184,16 @@ def _of_equinox(model: Any, random: bool | None) -> Forward:
     is_convolution = lambda node: isinstance(node, convolutions)
     channels_first = any(map(is_convolution, jax.tree.leaves(model, is_leaf=is_convolution)))
     takes_key = "key" in inspect.signature(type(model).__call__).parameters
-    of = _remembered(_equinox_logits, (tuple(leaves), structure, channels_first, takes_key))
+    of = _equinox_logits(tuple(leaves), structure, channels_first, takes_key)
     return Forward(of, arrays, bool(random), name, False)
 
 
-@functools.lru_cache(64)
-def _equinox_logits(known: tuple[tuple[Any, ...], Any, bool, bool]) -> Callable[..., Any]:
+@remembered
+def _equinox_logits(
+    leaves: tuple[Any, ...], structure: Any, channels_first: bool, takes_key: bool
+) -> Callable[..., Any]:
     import equinox
 
-    leaves, structure, channels_first, takes_key = known
     static = jax.tree.unflatten(structure, leaves)
 
     def logits(variables: PyTree, key: Key, image: Array) -> Any:
@@ -225,7 +215,7 @@ def _of_torch(module: Any, random: bool) -> Forward:
     return Forward(logits, (), random, type(module).__name__, False)
 
 
-@functools.lru_cache(8)
+@remembered
 def _torch_logits(module: Any, parts: Any, random: bool) -> Callable[..., Any]:
     from rain_jax.bridges import from_torch
 

@@ -8,6 +8,7 @@ proves radii within which there is none.
 """
 
 from rain_jax.evaluation import smoothing
+from rain_jax.evaluation.columns import AttackColumn, ColumnResult, EvaluationRun
 from rain_jax.evaluation.cost import Cost, Passes, cost
 from rain_jax.evaluation.counts import (
     Proportion,
@@ -22,13 +23,9 @@ from rain_jax.evaluation.counts import (
 )
 from rain_jax.evaluation.engine import (
     SHOWN,
-    AttackColumn,
-    ColumnResult,
     Evaluation,
-    EvaluationRun,
     attack_and_judge,
     cascade,
-    forget,
     key_of,
     logits_fn_of,
 )
@@ -49,6 +46,7 @@ from rain_jax.evaluation.verdicts import (
     judging_lanes,
     run,
 )
+from rain_jax.remembered import forget
 
 __all__ = [
     "SHOWN",

@@ -1,6 +1,5 @@
 """How robust any model is, in one call."""
 
-import functools
 import hashlib
 import inspect
 import math
@@ -19,12 +18,14 @@ from rain_jax.adapters import as_model
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, whole, within
 from rain_jax.data import as_float, from_arrays
-from rain_jax.evaluation.engine import AttackColumn, Evaluation, EvaluationRun
+from rain_jax.evaluation.columns import AttackColumn, EvaluationRun
+from rain_jax.evaluation.engine import Evaluation
 from rain_jax.evaluation.result import Result
 from rain_jax.evaluation.resume import digest
 from rain_jax.keys import is_key
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, place
+from rain_jax.remembered import remembered
 from rain_jax.types import Attack, Iteration, Key, Model, Norm, Threat
 
 # Draws of a random model for each verdict, unless it is said how many.
@@ -178,7 +179,7 @@ def _columns(
 
 
 def _attack_identity(attack: Any, shape: tuple[int, ...], classes: int) -> str:
-    """What tells an attack from others: its program on a model that stands in for any."""
+    """A hash of an attack: of its program on a model of as many classes."""
 
     def stand_in(key: Key, image: Any) -> Any:
         return jnp.sin(jnp.sum(image) * jnp.arange(1.0, classes + 1))
@@ -239,7 +240,7 @@ def _look(model: Model, images: np.ndarray, labels: np.ndarray, draws: int) -> l
     return found
 
 
-@functools.lru_cache(64)
+@remembered
 def _answers_and_slopes(logits: Callable[..., Any]) -> Callable[..., Any]:
     """A program of a model's logits and of the gradients of the label's, image by image."""
 
@@ -258,7 +259,7 @@ def _answers_and_slopes(logits: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _identity(model: Model, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    """What tells this model and these images from others, beside the model's variables.
+    """Hashes of a model and of its images; its variables are hashed elsewhere.
 
     That is the program of its logits and of their gradient, which other rules for derivatives
     change alone, and what it answers to a few images, since weights may be out of JAX's sight.

@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from rain_jax import norms
 from rain_jax.data import Source, evaluation_batches
+from rain_jax.evaluation.columns import AttackColumn, ColumnResult, EvaluationRun, WorstImages
 from rain_jax.evaluation.cost import Passes, cost
-from rain_jax.evaluation.counts import in_some_draw, join, nobody, shares, standing, worst_case
+from rain_jax.evaluation.counts import in_some_draw, join, nobody, standing
 from rain_jax.evaluation.packing import Drive, packed, passes
 from rain_jax.evaluation.resume import Block, Journal, digest, digest_of, sample_of
 from rain_jax.evaluation.room import Room
 from rain_jax.evaluation.verdicts import (
     Found,
-    Judgement,
     Judging,
     LogitsFnOf,
     Rules,
@@ -38,139 +38,13 @@ from rain_jax.evaluation.verdicts import (
 from rain_jax.logs import Progress
 from rain_jax.models.conv import left_to_lax
 from rain_jax.parallel import Devices
+from rain_jax.remembered import remembered
 from rain_jax.types import Attack, Iteration, Key, LogitsFn, Model, Threat, Variables
 
 # Images in the figure.
 SHOWN = 10
 # Blocks are so many batches, unless it is said how many images.
 _BATCHES = 4
-# Programs that are kept for the next evaluation of the same model in this process.
-_KEPT = 64
-
-
-class AttackColumn(NamedTuple):
-    """An attack, and what it is run on."""
-
-    attack: Attack | Iteration
-    # The form of the model that it is run on, where that is not the one that is judged: made when
-    # its turn comes, which may be after hours.
-    model: Callable[[], Model] | None = None
-    # Another threat than the evaluation's. Such a column is a check, and no part of the worst case.
-    threat: Threat | None = None
-    # What tells this attack from others of the same title in the resume log: JSON, a config's
-    # section.
-    settings: Any = None
-
-
-class ColumnResult(NamedTuple):
-    """What one attack did: verdicts on the images that it was given."""
-
-    judgement: Judgement
-    steps: np.ndarray  # int32 [N]
-    queries: np.ndarray  # int32 [N], -1 for attacks that do not count them
-    seconds: float
-    passes: Passes | None = None  # of the model, over all images; None where they are not counted
-
-
-class EvaluationRun(NamedTuple):
-    """All that was measured of one model, by column: `clean`, then the attacks."""
-
-    columns: dict[str, ColumnResult]
-    random: bool  # whether verdicts are over several draws
-    checks: tuple[str, ...]  # columns of another threat, that are no part of the worst case
-    # Of a random model under several attacks: each image's worst one, judged again. Chosen and
-    # judged by the same draws, the unluckiest of many would look like the strongest.
-    worst: ColumnResult | None
-    cascade: bool
-    distances: dict[str, ColumnResult]  # of minimum-norm attacks, without a radius
-    digest: str  # of the clean images and their labels
-    found: "WorstImages"
-    # The first few images with what came last to each of them, for the figure.
-    clean: np.ndarray
-    adversarial: np.ndarray
-    adversarial_prediction: np.ndarray
-
-    @property
-    def robust(self) -> dict[str, np.ndarray]:
-        """How correct the model is about each image [N] in each column, and in the worst case.
-
-        Of a fixed model True or False, in a cascade after this column and all before it. Of a
-        random one the share of the draws that are correct after this column's attack; an image that
-        it was not given has the share from before. The worst case of several is judged anew.
-        """
-        clean = self.columns["clean"].judgement
-        counted = shares if self.random else worst_case
-        found = {"clean": counted(clean, [])}
-        before: list[Judgement] = []
-        for name, column in self.columns.items():
-            if name in self.checks:
-                found[name] = counted(clean, [column.judgement])
-            elif name != "clean":
-                before.append(column.judgement)
-                found[name] = counted(clean, before if self.cascade else before[-1:])
-        if self.worst is not None:
-            found["worst case"] = counted(clean, [self.worst.judgement])
-        elif len(before) > 1 and not self.cascade:
-            found["worst case"] = counted(clean, before)
-        return found
-
-    @property
-    def broken_by(self) -> np.ndarray:
-        """The first column that misclassifies each image [N], by number in `columns`; -1 for none.
-
-        Images that are misclassified as they are have 0, `clean`. Of a random model it is the
-        column whose image is correct least often.
-        """
-        if self.random:
-            return np.where(self.found.share < 1, self.found.column, -1).astype(np.int32)
-        clean = self.columns["clean"].judgement
-        first = np.full(len(clean.index), -1, np.int32)
-        for number, (name, column) in enumerate(self.columns.items()):
-            if name in self.checks:
-                continue
-            judged = [] if name == "clean" else [column.judgement]
-            first[(first < 0) & ~worst_case(clean, judged)] = number
-        return first
-
-
-class WorstImages:
-    """Of every image [N] the candidate that the model is least often correct about.
-
-    Images lie in a file where there is one: as many as a data set has need not fit into memory.
-    """
-
-    def __init__(self, size: int, shape: tuple[int, ...], path: Path | None):
-        whole = (size, *shape)
-        self.image: np.ndarray = (
-            np.zeros(whole, np.float32)
-            if path is None
-            else np.lib.format.open_memmap(path, "w+", np.float32, whole)
-        )
-        self.taken = np.zeros(size, bool)  # whether a candidate's image is there
-        self.share = np.full(size, np.inf, np.float32)
-        self.margin = np.full(size, -np.inf, np.float32)
-        self.column = np.full(size, -1, np.int32)
-
-    def offer(self, number: int, block: Block) -> None:
-        """The judged images of column `number`."""
-        seen: Judgement = jax.tree.map(lambda leaf: leaf[block.kept], block.judgement)
-        place = seen.index
-        # Of candidates that are correct as often, the one of the larger margin.
-        nearer = (seen.share == self.share[place]) & (seen.margin > self.margin[place])
-        taken = seen.allowed & ((seen.share < self.share[place]) | nearer)
-        rows = place[taken]
-        self.image[rows] = block.image[taken]
-        self.share[rows] = seen.share[taken]
-        self.margin[rows] = seen.margin[taken]
-        self.column[rows] = number
-        self.taken[rows] = True
-
-    def candidates(self, batches: Iterable[Any]) -> Iterator[Found]:
-        """The worst image of each, for the judge; clean ones where there is no other."""
-        for given in as_they_are(batches):
-            index = given.batch.index
-            there = self.taken[index][:, None, None, None]
-            yield given._replace(image=np.where(there, self.image[index], given.image))
 
 
 def attack_and_judge(
@@ -182,12 +56,6 @@ def attack_and_judge(
     """
     attacked, judged = variables
     return judge(judged, key, drive(attacked, key, batches))
-
-
-def forget() -> None:
-    """Drops the programs that are kept for further evaluations, and what they hold on to."""
-    for kept in (_driving, _judging, _logits_fn_of):
-        kept.cache_clear()
 
 
 def cascade(
@@ -218,7 +86,7 @@ def logits_fn_of(model: Model) -> LogitsFnOf:
     return _logits_fn_of(model.logits)
 
 
-@functools.lru_cache(_KEPT)
+@remembered
 def _logits_fn_of(logits: Callable[..., Any]) -> LogitsFnOf:
     def of(variables: Variables) -> LogitsFn:
         return lambda key, image: logits(variables, key, image)
@@ -226,29 +94,19 @@ def _logits_fn_of(logits: Callable[..., Any]) -> LogitsFnOf:
     return of
 
 
-@functools.lru_cache(_KEPT)
+@remembered
 def _judging(of: LogitsFnOf, rules: Rules, devices: Devices, size: int) -> Judging:
     """Columns of the same rules are judged by the same program, and so is the next evaluation."""
     return judging(of, rules, devices, batch_size=size)
 
 
-@functools.lru_cache(_KEPT)
+@remembered
 def _driving(
     attack: Attack | Iteration, of: LogitsFnOf, devices: Devices, size: int,
     early: bool | Judging, like: Any,
 ) -> Drive:  # fmt: skip
     """The programs of an attack, made for images, variables and keys that are `like` these."""
     return packed(attack, of, devices, batch_size=size, early=early)
-
-
-def _kept(make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` kept, or where some argument cannot be told from others, made anew."""
-    try:
-        return make(*arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        return make.__wrapped__(*arguments)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -269,7 +127,7 @@ class Evaluation:
       folder: where they are kept; nothing is without.
       name: what progress calls this.
       identity: JSON that tells this model's structure from others in the resume log. Its weights
-        are told apart by their hash.
+        are hashed beside it.
       shown: whether progress is shown; None asks the environment.
     """
 
@@ -347,7 +205,7 @@ class Evaluation:
         return key_of(self.key, title)
 
     def _judge(self, rules: Rules, size: int) -> Judging:
-        return _kept(_judging, logits_fn_of(self.model), rules, self.devices, size)
+        return _judging(logits_fn_of(self.model), rules, self.devices, size)
 
     def _unattacked(self, title: str, given: np.ndarray) -> ColumnResult:
         """Images as they are, or as the attacks before left the worst of each."""
@@ -397,7 +255,7 @@ class Evaluation:
 
         def drive(size: int) -> Drive:
             leaves = self._judge(rules, size) if early and rules.eight_bit else early
-            return _kept(_driving, column.attack, of, self.devices, size, leaves, like)
+            return _driving(column.attack, of, self.devices, size, leaves, like)
 
         turns_on = {"settings": column.settings, "attacked": known, "early": early}
         offered = column.threat is None and title in self.columns

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rain_jax import norms
+from rain_jax.evaluation.columns import ColumnResult, EvaluationRun
 from rain_jax.evaluation.cost import Passes
 from rain_jax.evaluation.counts import Proportion, proportion, standing
-from rain_jax.evaluation.engine import ColumnResult, EvaluationRun
 from rain_jax.logs import table
 from rain_jax.types import Threat
 
