@@ -14,7 +14,7 @@ CONSTRAINTS := constraints/py$(VERSION).txt
 RUN := $(VENV)/bin/python
 
 ISA ?= SSE4_2 AVX AVX2 AVX512
-LAWS := tests/attacks/test_laws.py tests/test_layout.py tests/test_losses.py tests/test_norms.py \
+LAWS := tests/attacks/test_attack_laws.py tests/test_layout.py tests/test_losses.py tests/test_norms.py \
     tests/test_defences_bad_inputs.py tests/test_training.py
 TESTS := -m pytest -n 2 --dist worksteal
 

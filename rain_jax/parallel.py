@@ -225,20 +225,21 @@ def place(
         raise UsageError("overlap=True: expected mapping='shard_map', for pmap takes no options")
     # A process feeds neighbouring rows: its devices must be neighbours, too.
     given = jax.devices() if devices is None else devices
-    return _placed(mapping, tuple(sorted(given, key=lambda d: d.process_index)), overlap)
+    chosen = tuple(sorted(given, key=lambda d: d.process_index))
+    options = _OVERLAPPING.get(chosen[0].platform, {}) if overlap and len(chosen) > 1 else {}
+    return _placed(mapping, chosen, tuple(options.items()))
 
 
 @functools.lru_cache(64)
-def _placed(mapping: Mapping, chosen: tuple[jax.Device, ...], overlap: bool) -> Devices:
+def _placed(
+    mapping: Mapping, chosen: tuple[jax.Device, ...], options: tuple[tuple[str, bool | int], ...]
+) -> Devices:
     """The same for the same devices, so that programs are kept for them."""
     mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
-    if mapping == "pmap":
-        return _pmap(mesh)
-    several = overlap and len(chosen) > 1
-    return _shard_map(mesh, _OVERLAPPING.get(chosen[0].platform) if several else None)
+    return _pmap(mesh) if mapping == "pmap" else _shard_map(mesh, dict(options))
 
 
-def _shard_map(mesh: Mesh, options: dict[str, bool | int] | None = None) -> Devices:
+def _shard_map(mesh: Mesh, options: dict[str, bool | int]) -> Devices:
     same = NamedSharding(mesh, PartitionSpec())
     along = NamedSharding(mesh, PartitionSpec(AXIS))
 
