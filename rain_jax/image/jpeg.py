@@ -158,22 +158,31 @@ def _pad(planes: Array, rows: int, columns: int) -> Array:
     return jnp.pad(planes, ((0, 0), (0, -height % rows), (0, -width % columns)), mode="edge")
 
 
-def _along(spec: str, planes: Array) -> Array:
-    return jnp.einsum(spec, _WAVES, planes, precision=jax.lax.Precision.HIGHEST)
+def _down(matrix: np.ndarray, blocks: Array) -> Array:
+    """The matrix times every block [rows of blocks, 8, W]."""
+    return jnp.einsum("uy,ryx->rux", matrix, blocks, precision=jax.lax.Precision.HIGHEST)
+
+
+def _across(matrix: np.ndarray, blocks: Array) -> Array:
+    """Every block [rows of blocks, 8, W] times the matrix from the right."""
+    parts = blocks.reshape(-1, BLOCK)
+    return jnp.matmul(parts, matrix, precision=jax.lax.Precision.HIGHEST).reshape(blocks.shape)
 
 
 def _quantised(planes: Array, tables: Array, quantise: Quantiser) -> Array:
     """Planes [P, H, W] of 8-bit values through the transform and back, by tables [P, 8, 8]."""
-    count, height, width = planes.shape
+    _, height, width = planes.shape
     padded = _pad(planes, BLOCK, BLOCK) - _GREY
     _, tall, wide = padded.shape
-    blocks = padded.reshape(count, tall // BLOCK, BLOCK, wide // BLOCK, BLOCK)
-    rows = _whole(_BETWEEN * _along("vx,paybx->paybv", blocks))
-    waves = _whole(_along("uy,paybv->paubv", rows) / _BETWEEN)
-    steps = tables.reshape(count, 1, BLOCK, 1, BLOCK)
+    # Three axes and no more: vectorised over images, draws and tables, they are six, and XLA's sums
+    # over seven end the process (jaxlib 0.10.2 and 0.11 on CPU, jax-ml/jax issue 39257).
+    blocks = padded.reshape(-1, BLOCK, wide)
+    rows = _whole(_BETWEEN * _across(_WAVES.T, blocks))
+    waves = _whole(_down(_WAVES, rows) / _BETWEEN)
+    steps = jnp.repeat(jnp.tile(tables, (1, 1, wide // BLOCK)), tall // BLOCK, axis=0)
     kept = steps * quantise(waves / (_SCALE * steps))
-    columns = _whole(_BETWEEN * _along("uy,paubv->paybv", kept))
-    values = _along("vx,paybv->paybx", columns) / (_BETWEEN * _SCALE)
+    columns = _whole(_BETWEEN * _down(_WAVES.T, kept))
+    values = _across(_WAVES, columns) / (_BETWEEN * _SCALE)
     return _byte(values.reshape(padded.shape)[:, :height, :width] + _GREY)
 
 
