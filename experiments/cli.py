@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -26,10 +26,23 @@ from rain_jax.keys import unroll_threefry
 from rain_jax.training import Diverged
 
 _FRACTION = re.compile(r"(-?\d+\.?\d*)/(\d+\.?\d*)")
-_OPTIONS = {
-    "config": "a file with a get_config(); FILE.py:TEXT calls get_config('TEXT')",
-    "workdir": "the folder that holds everything this run writes",
-}
+
+
+class Option(NamedTuple):
+    """A flag beside the config: `--name=VALUE`, or with `plain` `--name` alone."""
+
+    name: str
+    help: str
+    plain: bool = False
+
+
+_OPTIONS = (
+    Option("config", "a file with a get_config(); FILE.py:TEXT calls get_config('TEXT')"),
+    Option("workdir", "the folder that holds everything this run writes"),
+)
+# Which evaluation of a run is written, or read.
+NAME = Option("name", "the evaluation's name, by default its attacks and number of images")
+REPLACE = Option("replace", "write over an earlier evaluation of this name", plain=True)
 
 
 class Interrupt:
@@ -105,10 +118,11 @@ def value_of(text: str) -> Any:
     return value if isinstance(value, str | int | float | list | tuple | dict | None) else text
 
 
-def changes_of(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+def changes_of(arguments: Sequence[str], options: Sequence[str] = ()) -> list[tuple[str, Any]]:
     """`--config.KEY=VALUE`, `--config.KEY VALUE`, `--config.KEY` and `--noconfig.KEY`, as pairs.
 
     Keys are not looked up here: what a section may hold its maker says, with the nearest name.
+    `options` are flags that may be meant beside the usual ones.
     """
     rest, found = list(arguments), []
     while rest:
@@ -118,7 +132,8 @@ def changes_of(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         if not name.startswith("-"):
             raise UsageError(f"{argument!r}: expected flags, --name=value")
         if head not in ("config", "noconfig") or not key:
-            known = [f"--{option}{dot}{key}" for option in ("config", *_OPTIONS)]
+            flags_ = [*(option.name for option in _OPTIONS), *options]
+            known = [f"--{flag}{dot}{key}" for flag in flags_]
             raise UsageError(
                 f"{name}: no such flag: expected --config=FILE, --workdir=FOLDER or "
                 f"--config.SECTION.KEY=VALUE{nearest(name, known)}"
@@ -183,9 +198,12 @@ def run(
     config_of: Callable[[Path], dict[str, Any]] | None = None,
     argv: Sequence[str] | None = None,
     *,
+    options: Sequence[Option] = (),
     changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = configuring.changed,
 ) -> None:
     """Parses the command line, calls `main(config, workdir)` and exits with its status.
+
+    Of `options` that are given, `main` gets the values by name.
 
     2 for a mistake, told in one line; 3 for a run that diverged; 128 + signal for one that was
     stopped and has saved its state. `config_of(workdir)` gives the sections that the file
@@ -206,27 +224,29 @@ def run(
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        for option, text in _OPTIONS.items():
-            parser.add_argument(f"--{option}", help=text)
+        for name, text, plain in (*_OPTIONS, *options):
+            how: Any = {"action": "store_true"} if plain else {}
+            parser.add_argument(f"--{name}", help=text, **how)
         parser.add_argument("--traceback", action="store_true", help="where a mistake was met")
-        options, rest = parser.parse_known_args(argv[1:])
-        changes = changes_of(rest)
-        if options.config:
-            config = load_config(options.config)
-            if config_of is not None and options.workdir:
+        found, rest = parser.parse_known_args(argv[1:])
+        changes = changes_of(rest, [option.name for option in options])
+        if found.config:
+            config = load_config(found.config)
+            if config_of is not None and found.workdir:
                 # The file says what is looked at; what was trained, the run.
-                config = {**config_of(Path(options.workdir)), **config}
+                config = {**config_of(Path(found.workdir)), **config}
         elif config_of is None:
             raise UsageError(
                 "--config is missing: expected a file, such as experiments/configs/quickstart.py"
             )
-        elif options.workdir:
-            config = config_of(Path(options.workdir))
+        elif found.workdir:
+            config = config_of(Path(found.workdir))
         else:
             raise UsageError("--workdir is missing: expected the folder of a run")
-        default = Path("runs") / Path((options.config or "").split(".py:")[0]).stem
-        workdir = Path(options.workdir or default)
-        main(changed(config, changes), workdir)
+        default = Path("runs") / Path((found.config or "").split(".py:")[0]).stem
+        workdir = Path(found.workdir or default)
+        given = {option.name: getattr(found, option.name) for option in options}
+        main(changed(config, changes), workdir, **{k: v for k, v in given.items() if v})
     except UsageError as error:
         _leave(f"error: {_one_line(error)}", 2, loud)
     except Diverged as error:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.record import counted
+from rain_jax.evaluation.record import counted
 from rain_jax.image.corruptions import FAMILIES, SEVERITIES
 from rain_jax.logs import table
 

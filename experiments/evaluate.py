@@ -3,15 +3,18 @@
     python -m experiments.evaluate --workdir=runs/quickstart
     python -m experiments.evaluate --workdir=RUN --config.evaluation.attacks.pgd.steps=100
 
-Without `--config` the run's own is read from the workdir. Results go to evaluation.json (counts,
-intervals, settings, cost, provenance), verdicts.npz (what the judge saw of each image) and
-adversarial.npy (what broke the model). Killed and started again, an evaluation goes on where it
-was; before a number is printed, what usually makes such numbers wrong has been looked for.
+Without `--config` the run's own is read from the workdir. Results go to a folder of their own,
+RUN/evaluations/NAME: evaluation.json (counts, intervals, settings, cost, provenance), verdicts.npz
+(what the judge saw of each image), adversarial.npy (images that the model gets wrong), a table and
+a figure. NAME says which attacks and how many images, unless `--name=NAME` is given; another
+evaluation gets another one, and takes the place of an earlier one only with `--replace`. Killed and
+started again, an evaluation goes on where it was; before a number is printed, what usually makes
+such numbers wrong has been looked for.
 """
 
 import contextlib
-import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, proof, record, report, sanity, steps, workdir
-from experiments.cli import run
+from experiments import build, cache, evaluations, proof, report, sanity, steps, workdir
+from experiments.cli import NAME, REPLACE, run
 from experiments.defended import RUN
 from experiments.loading import check_finite, load
-from experiments.measure import evaluation_key, measure
+from experiments.measure import evaluation_key, evaluation_of
+from experiments.model_info import model_info
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.evaluation import record
 from rain_jax.evaluation.resume import Journal
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
@@ -41,9 +46,9 @@ def evaluate(
     *,
     finish: bool = True,
 ) -> tuple[report.Row, report.Sample]:
-    """Clean and attacked accuracy on the test images; writes what `record` says.
+    """Clean and attacked accuracy on the test images; leaves its record in `folder`, its own.
 
-    Without `finish` the journal stays, and the same evaluation again costs nothing.
+    Without `finish` the resume log stays, and the same evaluation again costs nothing.
     """
     check_finite(variables, f"{folder} at step {step}")
     settings = experiment.evaluation
@@ -59,11 +64,12 @@ def evaluate(
         with Progress(f"{name}: checks", 1, unit="set") as bar:
             probe = sanity.look(experiment, variables)
             bar.advance(1)
-    measured = measure(experiment, variables, name, folder)
+    evaluation_ = evaluation_of(experiment, variables, name, folder)
+    measured = evaluation_()
     proven = proven_of(experiment, measured, variables, name)
     checks = None if probe is None else sanity.flags(experiment, measured, probe)
     if jax.process_index() == 0:
-        told = record.described(experiment, measured, name, step, checks)
+        told = described(experiment, evaluation_, measured, step, checks)
         if proven is not None:
             told["ladder"] = proven.told()
             if not proven.valid:
@@ -72,7 +78,7 @@ def evaluate(
         if proven is not None:
             report.ladder_figure(folder / "ladder.png", told)
     if finish:
-        Journal(folder).finish()
+        evaluation_.finish()
     clean = measured.columns["clean"].judgement
     sample = report.Sample(
         name,
@@ -104,6 +110,30 @@ def evaluate(
     if checks is None:
         notes += ("no checks were made (config.evaluation.checks=False)",)
     return report.Row(name, counts, notes, bool(failed)), sample
+
+
+def described(
+    experiment: build.Experiment,
+    evaluation_: evaluation.Evaluation,
+    measured: evaluation.EvaluationRun,
+    step: int,
+    checks: Sequence[proof.Check] | None,
+) -> dict[str, Any]:
+    """The record, with what only an experiment knows: settings by their keys, step and seed."""
+    settings = experiment.evaluation
+    told = record.described(evaluation_, measured, checks)
+    for title, row in told["attacks"].items():
+        row["settings"] = settings.attacks.get(title, settings.suite)
+        row["through"] = experiment.looks[title].through
+    for title, row in told["distances"].items():
+        row["settings"] = settings.distances[title]
+    return told | {
+        "step": step,
+        "seed": experiment.seed,
+        "condition": settings.condition,
+        "corruption": settings.corruption,
+        "model_info": model_info(experiment, measured),
+    }
 
 
 def proven_of(
@@ -150,58 +180,54 @@ def _distance(title: str, column: evaluation.ColumnResult) -> str:
     return f"{found}; median distance {distance:.4g}" if np.isfinite(distance) else found
 
 
-def side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
-    """Evaluates trained runs, prints their table, and writes it and the figure into the first."""
+def side_by_side(
+    runs: list[tuple[str, build.Experiment, Path]], name: str | None = None, replace: bool = False
+) -> None:
+    """Evaluates trained runs, prints their table, and writes it and the figure beside the first.
+
+    `name` and `replace` are those of `evaluations.place`.
+    """
     with contextlib.ExitStack() as alone_there:
         for _, _, folder in runs:
             alone_there.enter_context(workdir.held(folder))
-        _side_by_side(runs)
+        _side_by_side(runs, name, replace)
 
 
-def _side_by_side(runs: list[tuple[str, build.Experiment, Path]]) -> None:
+def _side_by_side(
+    runs: list[tuple[str, build.Experiment, Path]], asked: str | None, replace: bool
+) -> None:
     """The same, in folders that nobody else writes into."""
-    pairs, replaced = [], []
+    pairs, places = [], []
     for name, experiment, folder in runs:
         variables, step = load(experiment, folder)
-        before = _record(folder)
-        row, sample = evaluate(experiment, variables, folder, name, step, finish=False)
+        planned = evaluation_of(experiment, variables, name)
+        default = evaluations.name_of(experiment.evaluation, planned.source.size)
+        place = evaluations.place(folder, planned, default, asked, replace)
+        row, sample = evaluate(experiment, variables, place, name, step, finish=False)
         notes = row.notes + _unfinished(experiment, folder, step)
         pairs.append((row._replace(notes=notes), sample))
-        if before is not None and before != _record(folder):
-            replaced.append(
-                f"{folder} held another evaluation, of {before[0]:,} images under "
-                f"{', '.join(before[1])}; it is replaced\n"
-            )
+        places.append(place)
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
-    _, experiment, folder = runs[0]
+    (_, experiment, folder), place = runs[0], places[0]
     radius = float(experiment.threat.radius)
     text = report.results_table(rows)
-    (folder / "table.txt").write_text(text + "\n")
+    (place / "table.txt").write_text(text + "\n")
     names = experiment.splits.test.class_names
-    report.figure(folder / "examples.png", samples, radius, names)
+    report.figure(place / "examples.png", samples, radius, names)
     total = rows[0].columns["clean"].total
+    others = [path.name for path in evaluations.all_of(folder) if path != place]
     print(
         f"\nPer cent right of {total:,} test images, 95 % intervals; "
         f"{norms.name_of(experiment.threat.norm)} radius {radius:.4g}\n\n{text}\n\n"
-        + "".join(replaced)
-        + f"{folder} holds evaluation.json, table.txt, examples.png and the rest of the run",
+        f"{place} holds evaluation.json, table.txt, examples.png and what they are made of"
+        + (f"; beside it {', '.join(others)}" if others else ""),
         flush=True,
     )
     # Only now: killed in the middle of the second run, the first is not measured again.
-    for _, _, place_ in runs:
-        Journal(place_).finish()
-
-
-def _record(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """Of how many images, and with which settings of which attacks, the folder's evaluation is."""
-    try:
-        told = json.loads((folder / "evaluation.json").read_text())
-        attacks = {name: one["settings"] for name, one in told["attacks"].items()}
-        return told["clean"]["of"], attacks
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # none, or of another version
+    for place in places:
+        Journal(place).finish()
 
 
 def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[str, ...]:
@@ -214,14 +240,19 @@ def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[
     return (f"training stopped at step {latest:,} of {total:,}; what is judged is step {step:,}",)
 
 
-def main(config: ml_collections.ConfigDict, folder: Path) -> None:
+def main(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    name: str | None = None,
+    replace: bool = False,
+) -> None:
     """Evaluates the run in `folder`, and its twin where it has one."""
     cache.enable()
     initialise()
     runs = [run for run in build.pair(config, folder) if run[2].is_dir()]
     workdir.check_writable(folder)
-    side_by_side(runs)
+    side_by_side(runs, name, replace)
 
 
 if __name__ == "__main__":
-    run(main, workdir.read_config)
+    run(main, workdir.read_config, options=(NAME, REPLACE))

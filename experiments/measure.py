@@ -8,7 +8,7 @@ from experiments import build, corrupted, defended, ladder, loading, looks, sett
 from experiments import schema as schema_
 from rain_jax import data, evaluation
 from rain_jax.adapters import of_network
-from rain_jax.evaluation import AttackColumn, Evaluation, EvaluationRun
+from rain_jax.evaluation import AttackColumn, Evaluation
 from rain_jax.evaluation.resume import code
 from rain_jax.types import Key, Model, PyTree
 
@@ -29,20 +29,13 @@ def key_of(seed: int, title: str) -> Key:
     return evaluation.key_of(evaluation_key(seed), title)
 
 
-def measure(
-    experiment: build.Experiment, variables: PyTree, name: str, folder: Path | None = None
-) -> EvaluationRun:
-    """Attacks and judges the test images, column by column.
-
-    What is done is kept in `folder`, and found there when a killed evaluation is started again.
-    """
-    return evaluation_of(experiment, variables, name, folder)()
-
-
 def evaluation_of(
     experiment: build.Experiment, variables: PyTree, name: str, folder: Path | None = None
 ) -> Evaluation:
-    """The evaluation that the config asks for, on the test images."""
+    """The evaluation that the config asks for, on the test images.
+
+    What is done is kept in `folder`, and found there when a killed evaluation is started again.
+    """
     wanted = experiment.evaluation
     # A rung that is left out, or another sweep, makes no other of what is run already.
     budget = wanted.ladder and {key: wanted.ladder[key] for key in ladder.BUDGET}

@@ -25,6 +25,7 @@ from experiments import (
     cache,
     configuring,
     evaluate,
+    evaluations,
     loading,
     measure,
     report,
@@ -181,24 +182,25 @@ def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
     devices = built.parallel.placed(training=True)
     networks, sets = retrained(built, own, folder, devices)
     record, success = told(built, own, networks, sets, devices)
-    before = folder / "start"
     if jax.process_index() == 0:
         write_json(folder / "rat.json", record)
-        before.mkdir(exist_ok=True)
+    planned = measure.evaluation_of(built, networks[-1], "rat")
+    default = evaluations.name_of(built.evaluation, planned.source.size)
+    place = evaluations.place(folder, planned, default)
     pairs = [
         evaluate.evaluate(built, variables, there, name, done)
         for variables, there, name, done in (
-            (networks[-1], folder, "rat", own.number),
-            (networks[0], before, "start", 0),
+            (networks[-1], place, "rat", own.number),
+            (networks[0], place.with_name(f"{place.name}.start"), "start", 0),
         )
     ]
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
     names = built.splits.test.class_names
-    report.figure(folder / "examples.png", samples, float(built.threat.radius), names)
+    report.figure(place / "examples.png", samples, float(built.threat.radius), names)
     text = f"{report.results_table(rows)}\n\nTaken to their class by perturbations\n\n{success}"
-    (folder / "table.txt").write_text(text + "\n")
+    (place / "table.txt").write_text(text + "\n")
     print(f"\nPer cent of the test images, 95 % intervals\n\n{text}\n\n{folder} holds the rest")
 
 

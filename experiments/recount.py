@@ -1,6 +1,8 @@
-"""Tells the worst case again, from the images that an evaluation left behind.
+"""Counts the worst case again, from the images that an evaluation left behind.
 
     python -m experiments.recount --workdir=RUN
+
+The latest evaluation of the run is looked at, or the one of `--name=NAME`.
 
 The model is asked anew about every test image: about the adversarial one of adversarial.npy where
 there is one, else about the clean one, within the recorded threat. Draws are others than those of
@@ -18,11 +20,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, loading, measure, report, workdir
-from experiments.cli import run
+from experiments import build, cache, evaluations, loading, measure, report, workdir
+from experiments.cli import NAME, run
 from experiments.defended import logits_fn_of
 from rain_jax import data, evaluation, norms
 from rain_jax.checks import UsageError
+from rain_jax.evaluation.record import IMAGES, INDEX, VERDICTS
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise, round_up
 
@@ -30,13 +33,16 @@ from rain_jax.parallel import initialise, round_up
 _CHANCE = 5.0
 
 
-def recount(experiment: build.Experiment, folder: Path) -> tuple[np.ndarray, Any]:
+def recount(
+    experiment: build.Experiment, folder: Path, name: str | None = None
+) -> tuple[np.ndarray, Any]:
     """How right the model is [N] about the saved images, and what evaluation.json says of it."""
-    record = _read(folder / "evaluation.json", lambda path: json.loads(path.read_text()))
-    found = _read(folder / "verdicts.npz", _arrays)
+    place = evaluations.latest(folder, name) or folder
+    record = _read(place / INDEX, lambda path: json.loads(path.read_text()))
+    found = _read(place / VERDICTS, _arrays)
     if "adversarial/index" not in found:
-        raise UsageError(f"{folder}: no images were saved: expected evaluation.save_images=True")
-    images = _read(folder / "adversarial.npy", lambda path: np.load(path, mmap_mode="r"))
+        raise UsageError(f"{place}: no images were saved: expected evaluation.save_images=True")
+    images = _read(place / IMAGES, lambda path: np.load(path, mmap_mode="r"))
     settings = experiment.evaluation
     devices = experiment.parallel.placed()
     size = round_up(settings.batch_size, devices.size)
@@ -92,12 +98,12 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return {name: found[name] for name in found.files if name.startswith("adversarial/")}
 
 
-def main(config: ml_collections.ConfigDict, folder: Path) -> None:
+def main(config: ml_collections.ConfigDict, folder: Path, name: str | None = None) -> None:
     """Counts again and compares."""
     cache.enable()
     initialise()
     experiment = build.experiment(config)
-    share, known = recount(experiment, folder)
+    share, known = recount(experiment, folder, name)
     value = evaluation.proportion(share)
     print(f"\nworst case over the saved images: {report.percent(value)}", flush=True)
     if known is None:
@@ -124,4 +130,4 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, workdir.read_config)
+    run(main, workdir.read_config, options=(NAME,))

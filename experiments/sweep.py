@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import build, cache, configuring, train, workdir
+from experiments import build, cache, configuring, evaluations, train, workdir
 from experiments.cli import run
 from experiments.lines import append, read
 from experiments.proof import Check
@@ -41,6 +41,7 @@ from experiments.sweeping.lanes import Measured, Measurer
 from experiments.sweeping.plan import Plan
 from rain_jax import norms
 from rain_jax.checks import UsageError
+from rain_jax.evaluation import record as records
 from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import initialise
 
@@ -177,7 +178,7 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
             train.main(configuring.config(**spec), place)
     if not all(map(_evaluated, folders, specs)):
         return None
-    records = [json.loads((place / "evaluation.json").read_text()) for place in folders]
+    records = [json.loads((_record(place)).read_text()) for place in folders]
     found = []
     for cell, record in zip(cells, records, strict=True):
         # Where checks of its ladder failed there is no worst case; clean accuracy is none.
@@ -213,9 +214,14 @@ def _named(cell: Cell, names: dict[str, str]) -> str:
     return "".join(c if c.isalnum() or c in "._-=," else "-" for c in text)
 
 
+def _record(place: Path) -> Path:
+    """The record of a run's latest evaluation."""
+    return (evaluations.latest(place) or place) / records.INDEX
+
+
 def _evaluated(place: Path, spec: dict[str, Any]) -> bool:
     """Whether a cell's run is done: trained and evaluated as its config says."""
-    if not (place / "evaluation.json").exists():
+    if not _record(place).exists():
         return False
     held, wanted = workdir.as_written(place), json.loads(json.dumps(spec))
     return not workdir.differences(held, wanted) and held["evaluation"] == wanted["evaluation"]

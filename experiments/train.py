@@ -3,8 +3,8 @@
     python -m experiments.train --config=experiments/configs/quickstart.py --workdir=runs/quickstart
 
 Everything goes into `--workdir`: config.json, provenance.json, metrics.jsonl, checkpoints/,
-evaluation.json, verdicts.npz, table.txt, curves.png and examples.png (.npz). The same command
-started again goes on where it stopped, and ends with the same parameters.
+curves.png and what `experiments.evaluate` leaves in evaluations/NAME. The same command started
+again goes on where it stopped, and ends with the same parameters.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from experiments import build, cache, evaluate, report, start, workdir
-from experiments.cli import Interrupt, Stopped, run
+from experiments.cli import NAME, REPLACE, Interrupt, Stopped, run
 from experiments.defended import logits_fn_of
 from experiments.running import Member, Running, Validator, begun_or_restored, forget_ahead
 from experiments.settings import Plan
@@ -234,7 +234,12 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Validator 
     return validate
 
 
-def main(config: ml_collections.ConfigDict, folder: Path) -> None:
+def main(
+    config: ml_collections.ConfigDict,
+    folder: Path,
+    name: str | None = None,
+    replace: bool = False,
+) -> None:
     """Trains the model (and its twin), evaluates them side by side, and shows the results."""
     cache.enable()
     initialise()
@@ -244,11 +249,11 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
         with build.of_twin(None if place_of == folder else runs[0][1].config["twin"]):
             check(experiment)
             start.check(experiment, place_of)
-    for name, experiment, place_of in runs:
-        train_members([member_of(name, experiment, place_of)], partial(alone, experiment), name)
+    for model, experiment, place_of in runs:
+        train_members([member_of(model, experiment, place_of)], partial(alone, experiment), model)
         if jax.process_index() == 0:
             report.curves(place_of)
-    evaluate.side_by_side(runs)
+    evaluate.side_by_side(runs, name, replace)
 
 
 def check(experiment: build.Experiment) -> None:
@@ -273,4 +278,4 @@ def member_of(name: str, experiment: build.Experiment, folder: Path) -> Member:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, options=(NAME, REPLACE))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build
+from experiments import build, evaluations
 from experiments.running import items_of, no_sums
 from experiments.steps import in_dispatches, plan_of
 from rain_jax import training
@@ -166,6 +166,13 @@ def losses(folder: Path) -> np.ndarray:
     return np.array([line["loss"] for line in metrics(folder) if line["kind"] == "train"])
 
 
+def evaluated(run: Path) -> Path:
+    """The folder of a run's latest evaluation."""
+    found = evaluations.latest(run)
+    assert found is not None
+    return found
+
+
 def results(folder: Path) -> dict[str, Any]:
     """evaluation.json without what may differ between two runs: times and provenance."""
 
@@ -174,7 +181,7 @@ def results(folder: Path) -> dict[str, Any]:
             return value
         return {k: kept(v) for k, v in value.items() if k not in ("seconds", "provenance")}
 
-    return kept(json.loads((folder / "evaluation.json").read_text()))
+    return kept(json.loads((evaluated(folder) / "evaluation.json").read_text()))
 
 
 @functools.cache

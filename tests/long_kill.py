@@ -26,7 +26,7 @@ OWN_SECONDS = 24 * 3600.0  # nobody waits for this one at a keyboard
 
 def blocks(run: Path, title: str = "*") -> list[Path]:
     """The blocks that are written, of one column or of all."""
-    return sorted((run / resume.FOLDER).glob(f"{title}.*/*.npz"))
+    return sorted(run.glob(f"evaluations/*/{resume.FOLDER}/{title}.*/*.npz"))
 
 
 def mebibytes(pid: int) -> float | None:
@@ -75,12 +75,13 @@ def killed(run: Path, options: list[str], folder: Path, columns: list[str]) -> l
 
 def same(run: Path, expected: Path) -> dict[str, bool]:
     """Which of the record, every array of verdicts.npz and the saved images are equal."""
-    with np.load(run / "verdicts.npz") as one, np.load(expected / "verdicts.npz") as other:
+    run_, expected_ = map(commands.evaluated, (run, expected))
+    with np.load(run_ / "verdicts.npz") as one, np.load(expected_ / "verdicts.npz") as other:
         arrays = one.files == other.files and all(
             np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind == "f")
             for name in one.files
         )
-    images = (np.load(folder / "adversarial.npy") for folder in (run, expected))
+    images = (np.load(folder / "adversarial.npy") for folder in (run_, expected_))
     return {
         "record": commands.results(run) == commands.results(expected),
         "verdicts": bool(arrays),
@@ -100,7 +101,7 @@ def main() -> None:
         began = time.monotonic()
         memory = untouched(one, options, folder / "said_one")
         seconds = time.monotonic() - began
-        record = json.loads((one / "evaluation.json").read_text())
+        record = json.loads((commands.evaluated(one) / "evaluation.json").read_text())
         columns = ["clean", *record["attacks"]]
         kills = killed(other, options, folder / "said_other", columns)
         found = {

@@ -44,7 +44,7 @@ def finished(module: str, *arguments: str, said: Path, cache: Path) -> None:
 
 def shares(run: Path, title: str) -> np.ndarray:
     """How often each image [N] stands after the attack `title`, as evaluate's verdicts say."""
-    with np.load(run / "verdicts.npz") as found:
+    with np.load(commands.evaluated(run) / "verdicts.npz") as found:
         stands, places = found["clean/share"].copy(), {
             index: place for place, index in enumerate(found["clean/index"])
         }  # fmt: skip

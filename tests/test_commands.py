@@ -16,9 +16,10 @@ from experiments import build, configuring, sanity, steps, train
 from rain_jax import training
 from rain_jax.parallel import choose_devices, place
 
-PROMISED = {
-    "config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluation.json",
-    "verdicts.npz", "adversarial.npy", "table.txt", "examples.png", "examples.npz",
+PROMISED = {"config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluations"}
+OF_EVALUATION = {
+    "evaluation.json", "verdicts.npz", "adversarial.npy", "table.txt", "examples.png",
+    "examples.npz",
 }  # fmt: skip
 DRAWN = {"curves.png"}  # of what is in metrics.jsonl, where there is enough to draw
 
@@ -42,25 +43,23 @@ def two_steps(config, folder):
 
 def content(folder):
     """All files of a run but for what an evaluation writes, with their bytes."""
-    written_again = {
-        "evaluation.json", "verdicts.npz", "adversarial.npy", "table.txt", "examples.png",
-        "examples.npz",
-    }  # fmt: skip
     return {
         path.relative_to(folder): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in written_again | DRAWN | {"provenance.json"}
+        if path.is_file() and path.name not in OF_EVALUATION | DRAWN | {"provenance.json"}
     }
 
 
 def test_a_run_leaves_what_is_promised_and_nothing_else(run):
     assert {path.name for path in run.iterdir()} - DRAWN == PROMISED
+    place = run / "evaluations" / "pgd40-83"
+    assert {path.name for path in place.iterdir()} == OF_EVALUATION
     assert [line["step"] for line in commands.metrics(run)] == [2, 2]
-    found = json.loads((run / "evaluation.json").read_text())
+    found = json.loads((place / "evaluation.json").read_text())
     assert found["step"] == 2
     assert found["provenance"]["versions"]["jax"] == jax.__version__
-    assert "pgd40" in (run / "table.txt").read_text()
-    with np.load(run / "verdicts.npz") as verdicts:
+    assert "pgd40" in (place / "table.txt").read_text()
+    with np.load(place / "verdicts.npz") as verdicts:
         assert verdicts["clean/right"].shape == (83,)
         assert int(np.sum(verdicts["clean/right"])) == found["clean"]["right"]
         # What the table says follows from the verdicts alone.
@@ -79,22 +78,26 @@ def test_a_report_takes_what_an_evaluation_leaves(run, tmp_path):
 def test_evaluate_needs_the_workdir_alone_and_finds_the_same(run, tmp_path):
     before, expected = content(run), commands.results(run)
     said = commands.command("evaluate", f"--workdir={run}", folder=tmp_path)
-    assert "another evaluation" not in said
+    assert "beside it" not in said
     assert commands.results(run) == expected
     assert content(run) == before
 
 
 def test_an_override_changes_what_it_should_and_no_more(run, tmp_path):
     before, expected = content(run), commands.results(run)
+    first = commands.evaluated(run)
+    kept = (first / "evaluation.json").read_bytes()
     override = "--config.evaluation.attacks.pgd40.steps=5"
     said = commands.command("evaluate", f"--workdir={run}", override, folder=tmp_path)
-    assert "held another evaluation, of 83 images under pgd40; it is replaced" in said
+    assert "pgd40-83.2 holds evaluation.json" in said
+    assert "beside it pgd40-83" in said
+    assert (first / "evaluation.json").read_bytes() == kept
     found = commands.results(run)
     assert found["attacks"]["pgd40"]["settings"] == {
         **expected["attacks"]["pgd40"]["settings"], "steps": 5,
     }  # fmt: skip
     for measured in (found, expected):
-        for key in ("attacks", "worst_case", "broken_by", "checks", "flagged"):
+        for key in ("identity", "attacks", "worst_case", "broken_by", "checks", "flagged"):
             del measured[key]
     assert found == expected
     # The run is what it was: its config, its log and its weights.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import build, configuring, evaluate, looks, measure, recount
-from experiments.record import model_info
+from experiments.model_info import model_info
 from rain_jax import data, evaluation
 from rain_jax.adapters import of_network
 
@@ -113,7 +113,8 @@ def test_the_hash_of_the_data_knows_each_pixel(tmp_path, variables):
     other = images.copy()
     other[15, 7, 7] = 1 - other[15, 7, 7]
     hashes = [
-        measure.measure(e, variables, "x").digest for e in (experiment, of(images), of(other))
+        measure.evaluation_of(e, variables, "x")().digest
+        for e in (experiment, of(images), of(other))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -233,7 +234,7 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
         ), {}
 
     experiment = experiment._replace(network=experiment.network._replace(apply=constant))
-    measured = measure.measure(experiment, variables, "constant")
+    measured = measure.evaluation_of(experiment, variables, "constant")()
     right = measured.columns["clean"].judgement
     assert np.sum(right.right) > 0
     assert len(measured.columns["noise"].judgement.index) == 0

@@ -43,9 +43,10 @@ def trained(tmp_path_factory, config):
 
 def everything(run):
     """What an evaluation says, and every number behind it."""
-    with np.load(run / "verdicts.npz") as verdicts:
+    place = commands.evaluated(run)
+    with np.load(place / "verdicts.npz") as verdicts:
         arrays = {name: verdicts[name] for name in verdicts.files}
-    return commands.results(run), arrays, np.load(run / "adversarial.npy")
+    return commands.results(run), arrays, np.load(place / "adversarial.npy")
 
 
 def assert_same(run, expected):
@@ -55,7 +56,7 @@ def assert_same(run, expected):
     for name in wanted[1]:
         np.testing.assert_array_equal(found[1][name], wanted[1][name], err_msg=name)
     np.testing.assert_array_equal(found[2], wanted[2])
-    assert not (run / resume.FOLDER).exists()
+    assert not list(run.rglob(resume.FOLDER))
 
 
 def copy(trained, folder):
@@ -103,7 +104,7 @@ def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrup
         before = (KILLED if title != "square" else KILLED_IN_THE_MIDDLE).format(title=title)
         process = commands.start(*given, folder=tmp_path, devices=2, before=before)
         commands.finish(process, tmp_path, code=-signal.SIGKILL)
-        left = [path.suffix for path in (run / resume.FOLDER).glob(f"{title}.*/*")]
+        left = [path.suffix for path in run.glob(f"evaluations/*/{resume.FOLDER}/{title}.*/*")]
         assert left == [".npz" if title != "square" else ".tmp"]
     commands.command(*given, folder=tmp_path, devices=2)
     assert_same(run, uninterrupted)
@@ -190,7 +191,7 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume.Pages, "read", spying)
-        measure.measure(other, variables, "untrained", tmp_path)
+        measure.evaluation_of(other, variables, "untrained", tmp_path)()
     # Only attacks turn on the suite: the rest may be known.
     known = {"clean"} if change[0] == "evaluation.suite.steps" else set()
     assert set(taken) - {"fmn"} == known
@@ -213,11 +214,12 @@ def test_the_worst_case_can_be_told_from_the_images(uninterrupted, tmp_path):
 
 def test_images_of_another_model_are_found_out(uninterrupted, tmp_path):
     run = copy(uninterrupted, tmp_path)
-    images = np.load(run / "adversarial.npy")
+    saved = commands.evaluated(run) / "adversarial.npy"
+    images = np.load(saved)
     assert len(images)
-    np.save(run / "adversarial.npy", np.zeros_like(images))  # far outside the threat
+    np.save(saved, np.zeros_like(images))  # far outside the threat
     said = commands.command("recount", f"--workdir={run}", folder=tmp_path, devices=2, code=2)
     assert "stood in the evaluation" in said
-    (run / "adversarial.npy").unlink()
+    saved.unlink()
     said = commands.command("recount", f"--workdir={run}", folder=tmp_path, devices=2, code=2)
     assert "adversarial.npy" in said

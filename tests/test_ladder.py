@@ -412,7 +412,7 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
     def measured(*changes):
         experiment = experiment_of(tmp_path, *changes)
-        measure.measure(experiment, weights(experiment), "untrained", tmp_path)
+        measure.evaluation_of(experiment, weights(experiment), "untrained", tmp_path)()
 
     measured(("evaluation.ladder.without", spared))
     taken = []

@@ -95,7 +95,7 @@ def test_the_command_measures_the_changed_defence(run, tmp_path):
             evaluate.main, workdir.read_config,
             ["evaluate", f"--workdir={run}", f"--config.defence.quality={quality}"],
         )  # fmt: skip
-        with np.load(run / "verdicts.npz") as verdicts:
+        with np.load(commands.evaluated(run) / "verdicts.npz") as verdicts:
             seen[quality] = verdicts["clean/margin"]
         experiment, variables = loaded(run, ("defence.quality", quality))
         logits = logits_of(experiment, variables)

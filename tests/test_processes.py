@@ -91,11 +91,12 @@ def test_they_count_each_image_once_and_as_one_process_does(job, run_of, tmp_pat
         assert which["of"] == 83
     assert found["clean"]["right"] == expected["clean"]["right"]
     assert found["attacks"]["pgd40"]["right"] == expected["attacks"]["pgd40"]["right"]
-    with np.load(job[0] / "verdicts.npz") as verdicts:
+    with np.load(commands.evaluated(job[0]) / "verdicts.npz") as verdicts:
         np.testing.assert_array_equal(verdicts["pgd40/index"], np.arange(83))
         labels = data.load("digits").test.arrays[1][:83]
         np.testing.assert_array_equal(verdicts["clean/label"], labels)
-    provenance = json.loads((job[0] / "evaluation.json").read_text())["provenance"]
+    record = (commands.evaluated(job[0]) / "evaluation.json").read_text()
+    provenance = json.loads(record)["provenance"]
     assert (provenance["processes"], provenance["devices"]) == (2, 8)
     # One process reads what two have saved, and finds the same.
     commands.command("evaluate", f"--workdir={job[0]}", folder=tmp_path, devices=1)
@@ -109,7 +110,7 @@ def test_only_the_first_process_writes_and_speaks(job):
     assert "img" not in second
     assert "Per cent right" not in second
     names = {path.name for path in run.iterdir()}
-    assert {"config.json", "metrics.jsonl", "evaluation.json", "checkpoints"} <= names
+    assert {"config.json", "metrics.jsonl", "evaluations", "checkpoints"} <= names
     assert not [name for name in names if name.startswith((".", "tmp"))], "drafts of a writer"
     lines = [(line["step"], line["kind"]) for line in commands.metrics(run)]
     assert len(lines) == len(set(lines)) == 22

@@ -4,6 +4,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -206,6 +207,20 @@ def test_provenance_is_on_the_page(written):
 
 
 # --- Numbers ----------------------------------------------------------------------------------
+
+
+def test_of_several_evaluations_the_latest_or_the_given_is_shown_by_name(tmp_path):
+    run = write_run(tmp_path / "run", None)
+    for number, name in enumerate(("pgd-6", "square-6")):
+        place = write_run(tmp_path / name, record_of())
+        (run / "evaluations").mkdir(exist_ok=True)
+        place.rename(run / "evaluations" / name)
+        os.utime(run / "evaluations" / name / "evaluation.json", (number, number))
+    (notes,) = (shown(run)[slug].table.notes for slug in shown(run) if slug.startswith("results"))
+    assert "run: evaluation square-6; the run has others: pgd-6." in notes
+    given = shown(run / "evaluations" / "pgd-6")
+    (notes,) = (given[slug].table.notes for slug in given if slug.startswith("results"))
+    assert "pgd-6: evaluation pgd-6; the run has others: square-6." in notes
 
 
 @pytest.mark.parametrize("file", ["mnist/evaluation.json", "cifar10_nn_jpeg/ladder.json"])

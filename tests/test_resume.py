@@ -127,7 +127,7 @@ def test_sigterm_saves_and_says_so(stopped, again, config, uninterrupted):
     at = commands.final(stopped[0] / "run")[0]
     assert 18 <= at < TOTAL
     assert f"stopped at step {at}, state saved: the same command goes on from there" in stopped[1]
-    assert not (again / "run" / "evaluation.json").exists()
+    assert not (again / "run" / "evaluations").exists()
     assert f"goes on from step {at} of {TOTAL}" in train(again, config)
     assert_ends_as(again / "run", uninterrupted)
 

@@ -16,7 +16,6 @@ import pytest
 from experiments import build, configuring, defended, loading, measure, schema, sweep
 from experiments.cli import load_config
 from experiments.pages import load, studies
-from experiments.record import counted
 from experiments.running import items_of, no_sums
 from experiments.steps import plan_of
 from experiments.sweeping import grid, ledger, plan, told
@@ -25,6 +24,7 @@ from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
 from rain_jax.defences import jpeg
 from rain_jax.defences.network import in_front
+from rain_jax.evaluation.record import counted
 from rain_jax.image import standard_tables
 from rain_jax.parallel import choose_devices, place
 from rain_jax.types import Batch, Threat
@@ -101,7 +101,7 @@ def evaluated(trained: Path, changes: list[tuple[str, Any]], variables: Any = No
         (trained / "config.json").read_text()), changes))  # fmt: skip
     if variables is None:
         variables, _ = loading.load(experiment, trained)
-    return measure.measure(experiment, variables, "alone").robust["pgd"]
+    return measure.evaluation_of(experiment, variables, "alone")().robust["pgd"]
 
 
 NUMBERS = [

@@ -32,7 +32,7 @@ def headline(group: Group, place: int) -> Exhibit:
     headers = ("run", "method", "clean, %", "worst case, %", "attacks", "draws", "8 bit")
     return Exhibit(
         numbered("results", place), group.title, "",
-        Table(headers, rows, tuple(flagged(group, "†"))),
+        Table(headers, rows, (*flagged(group, "†"), *_which(group))),
         leading=True,
         draw=None if len(group.runs) == 1 else figures.dots(
             [run.name for run in group.runs],
@@ -43,6 +43,16 @@ def headline(group: Group, place: int) -> Exhibit:
         ),
         size=(7.0, 1.3 + 0.45 * len(group.runs)),
     )  # fmt: skip
+
+
+def _which(group: Group) -> list[str]:
+    """Which evaluation of each run is shown, a note each."""
+    return [
+        f"{run.name}: evaluation {run.place.name}"
+        + (f"; the run has others: {', '.join(run.others)}." if run.others else ".")
+        for run in group.runs
+        if run.place != run.folder
+    ]
 
 
 def flagged(group: Group, mark: str) -> list[str]:

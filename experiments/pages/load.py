@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import evaluations
 from rain_jax.checks import UsageError
+from rain_jax.evaluation.record import INDEX, VERDICTS
 
 Record = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -25,6 +27,7 @@ _FILES = {
     "verdicts.npz": "the verdicts on single images",
     "examples.npz": "the images of the gallery",
 }
+_OF_EVALUATION = ("evaluation.json", "verdicts.npz", "examples.npz")
 
 
 class Run(NamedTuple):
@@ -32,6 +35,8 @@ class Run(NamedTuple):
 
     name: str  # of its folder, with as much of the path as tells it from the others
     folder: Path
+    place: Path  # of the evaluation that is shown
+    others: tuple[str, ...]  # the names of the run's other evaluations
     config: Record | None
     training: Record | None  # the provenance of its training
     metrics: list[Record]
@@ -74,7 +79,9 @@ class Group(NamedTuple):
 
 
 def load(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, in order.
+    """The runs in these folders, each with its latest evaluation, in order.
+
+    A folder may be an evaluation's own, `RUN/evaluations/NAME`: then that one is shown.
 
     Raises:
       UsageError: a folder is not there, is given twice or holds nothing of a run; a file is
@@ -118,8 +125,16 @@ def _title(record: Record) -> str:
 
 
 def _run(folder: Path, name: str) -> Run:
-    evaluation = read_json(folder / "evaluation.json")
-    missing = [f"{file} ({what})" for file, what in _FILES.items() if not (folder / file).exists()]
+    """A run with its latest evaluation; given the folder of an evaluation, with that one."""
+    place = evaluations.latest(folder) or folder
+    if folder.parent.name == evaluations.FOLDER:
+        folder = folder.parent.parent
+    evaluation = read_json(place / INDEX)
+    missing = [
+        f"{file} ({what})"
+        for file, what in _FILES.items()
+        if not ((place if file in _OF_EVALUATION else folder) / file).exists()
+    ]
     studies = {study: read_json(folder / f"{study}.json") for study in STUDIES}
     if len(missing) == len(_FILES) and not any(studies.values()):
         raise UsageError(f"{folder}: expected the folder of a run, but it holds none of its files")
@@ -127,16 +142,18 @@ def _run(folder: Path, name: str) -> Run:
         missing.append("accuracies (evaluation.json is not that of a classifier)")
         evaluation = None
     if evaluation is not None:
-        check_evaluation(folder / "evaluation.json", evaluation)
+        check_evaluation(place / INDEX, evaluation)
     return Run(
         name,
         folder,
+        place,
+        tuple(other.name for other in evaluations.all_of(folder) if other != place),
         read_json(folder / "config.json"),
         read_json(folder / "provenance.json"),
         read_lines(folder / "metrics.jsonl"),
         evaluation,
-        _verdicts(folder / "verdicts.npz"),
-        _samples(folder / "examples.npz"),
+        _verdicts(place / VERDICTS),
+        _samples(place / "examples.npz"),
         read_arrays(folder / "statistics.npz"),
         {study: held for study, held in studies.items() if held is not None},
         tuple(missing),

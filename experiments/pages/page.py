@@ -204,7 +204,7 @@ def _provenance(runs: list[Run], told: Record) -> Iterator[Html]:
     yield tag("p", "What it takes to run this again.", class_="intro")
     for run in runs:
         record = run.evaluation or {}
-        about = {"folder": str(run.folder)}
+        about = {"folder": str(run.place)}
         about |= {key: record[key] for key in ("seed", "step", "model") if key in record}
         config = [] if run.config is None else [
             tag("details", tag("summary", "config.json"),

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from experiments.proof import Check, above
-from experiments.record import counted
 from experiments.report import percent
 from experiments.sweeping.grid import Cell, chains
 from experiments.sweeping.lanes import Measured
 from rain_jax import evaluation
+from rain_jax.evaluation.record import counted
 from rain_jax.logs import table
 
 # Settings of an attack, by the ends of their keys, of which more never helps the model.

@@ -18,6 +18,7 @@ from rain_jax.adapters import as_model
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, whole, within
 from rain_jax.data import as_float, from_arrays
+from rain_jax.evaluation import record
 from rain_jax.evaluation.columns import AttackColumn, EvaluationRun
 from rain_jax.evaluation.engine import Evaluation
 from rain_jax.evaluation.result import Result
@@ -48,6 +49,7 @@ def evaluate(
     cascade: bool = True,
     random: bool | None = None,
     folder: str | os.PathLike[str] | None = None,
+    replace: bool = False,
     devices: Devices | None = None,
     name: str | None = None,
     progress: bool | None = None,
@@ -70,8 +72,10 @@ def evaluate(
       cascade: whether an attack gets only the images that those before it left correct. Without,
         every attack gets all of them.
       random: whether the model draws from the key; by default a function that takes a key does.
-      folder: where blocks of results are kept until the evaluation is complete: the same call goes
-        on there after a kill, and ends with the same result. One evaluation at a time uses it.
+      folder: where the evaluation leaves its record: evaluation.json, verdicts.npz and
+        adversarial.npy. Blocks of results are kept there until it is complete: the same call goes
+        on after a kill, and ends with the same result. One evaluation at a time uses it.
+      replace: whether another evaluation's record in that folder may be written over.
       devices: where it runs, `rain_jax.parallel.place()` by default: on all there are.
       name: what the model is called; by default what it calls itself.
       progress: whether progress is printed; by default unless RAIN_JAX_PROGRESS=0.
@@ -131,10 +135,15 @@ def evaluate(
         identity=None if folder is None else _identity(asked, whole_images, labels),
         shown=progress,
     )
+    if folder is not None and not replace:
+        record.refuse_another(Path(folder), evaluation, "name another folder, or give replace=True")
     run = evaluation()
+    found += _of_the_run(run)
+    if folder is not None and jax.process_index() == 0:
+        said = {"warnings": found, "flagged": bool(found)}
+        record.write(Path(folder), record.described(evaluation, run) | said, run)
     run.found.image = np.array(run.found.image)  # the file that it may lie in goes now
     evaluation.finish()
-    found += _of_the_run(run)
     for text in found:
         warnings.warn(text, stacklevel=2)
     return Result(evaluation.name, threat, whole_images, run, tuple(found))

@@ -24,7 +24,15 @@ from rain_jax.evaluation.columns import AttackColumn, ColumnResult, EvaluationRu
 from rain_jax.evaluation.cost import Passes, cost
 from rain_jax.evaluation.counts import in_some_draw, join, nobody, standing
 from rain_jax.evaluation.packing import Drive, packed, passes
-from rain_jax.evaluation.resume import Block, Journal, digest, digest_of, sample_of
+from rain_jax.evaluation.resume import (
+    Block,
+    Journal,
+    circumstances,
+    digest,
+    digest_of,
+    digest_of_json,
+    sample_of,
+)
 from rain_jax.evaluation.room import Room
 from rain_jax.evaluation.verdicts import (
     Found,
@@ -157,9 +165,6 @@ class Evaluation:
         self._weights = digest_of(self.model.variables)
         self._variables = self.devices.replicate(self.model.variables)
         self._journal = Journal(self.folder)
-        # Every process has its own, or they would write over each other.
-        path = self._journal.path(f"worst.{jax.process_index()}.npy")
-        self._worst = WorstImages(source.size, source.shape, path)
         count = min(SHOWN, source.size)
         self._images = np.zeros((count, *source.shape), np.float32)
         self._predicted = np.zeros(count, np.int32)
@@ -168,6 +173,9 @@ class Evaluation:
         self._known = np.zeros(source.size, "S16")
 
     def __call__(self) -> EvaluationRun:
+        # Every process has its own, or they would write over each other.
+        path = self._journal.path(f"worst.{jax.process_index()}.npy")
+        self._worst = WorstImages(self.source.size, self.source.shape, path)
         everyone = np.arange(self.source.size)
         counted = [title for title, column in self.columns.items() if column.threat is None]
         clean = self._done["clean"] = self._unattacked("clean", everyone)
@@ -195,6 +203,24 @@ class Evaluation:
             self._done, self.draws > 1, checks, last, self.cascade, distances, digest(self._known),
             self._worst, shown, adversarial, prediction,
         )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """A hash of what is evaluated, how, by which code and on what kind of device.
+
+        Two evaluations of one fingerprint have the same verdicts but for rounding: batch sizes and
+        the number of devices are no part of it.
+        """
+        columns = [
+            [title, column.settings, _plain(column.threat)]
+            for columns in (self.columns, self.distances)
+            for title, column in columns.items()
+        ]
+        return digest_of_json({
+            **circumstances(), "columns": columns, "threat": _plain(self.threat),
+            "model": self.identity, "weights": self._weights, "data": sample_of(self.source),
+            "key": np.asarray(jax.random.key_data(self.key)).tolist(), "cascade": self.cascade,
+            "draws": self.draws, "eight_bit": self.eight_bit,
+        })  # fmt: skip
 
     def finish(self) -> None:
         """Forgets what was kept for a restart."""
@@ -295,7 +321,7 @@ class Evaluation:
             "model": self.identity, "weights": self._weights, "data": sample_of(self.source),
             "given": digest(given), "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "batch_size": self._size, "block": self._block, "devices_used": self.devices.size,
-            "threat": [norms.name_of(threat.norm), float(threat.radius), threat.low, threat.high],
+            "threat": _plain(threat),
             "draws": rules.draws, "eight_bit": rules.eight_bit,
         })  # fmt: skip
         number = len(self._done)
@@ -358,6 +384,13 @@ class Evaluation:
             if index < SHOWN:
                 self._images[index] = image
                 self._predicted[index] = block.judgement.prediction[row]
+
+
+def _plain(threat: Threat | None) -> list[Any] | None:
+    """A threat in JSON."""
+    if threat is None:
+        return None
+    return [norms.name_of(threat.norm), *map(float, (threat.radius, threat.low, threat.high))]
 
 
 def key_of(root: Key, title: str) -> Key:

@@ -59,6 +59,23 @@ def digest_of(variables: PyTree) -> str:
     return digest(*map(np.asarray, plain))
 
 
+def digest_of_json(value: Any) -> str:
+    """A hash of JSON; of other objects in it, by their texts."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def circumstances() -> dict[str, Any]:
+    """What every verdict depends on beside model, images and attack: code and kind of device."""
+    device = jax.devices()[0]
+    return {
+        "code": code(),
+        "jax": jax.__version__,
+        "generator": jax.config.values["jax_default_prng_impl"],
+        "device": [device.platform, device.device_kind],
+    }
+
+
 def sample_of(source: Source) -> list[Any]:
     """What tells one data set from another without reading all of it."""
     count = min(16, source.size)
@@ -69,7 +86,10 @@ def sample_of(source: Source) -> list[Any]:
 
 
 # Parts of the library that no result of an evaluation depends on.
-_UNRELATED = ("checkpoints", "logs.py", "methods", "optimisers.py", "schedules.py", "training.py")
+_UNRELATED = (
+    "checkpoints", "logs.py", "methods", "optimisers.py", "schedules.py", "training.py",
+    "evaluation/record.py", "evaluation/result.py",
+)  # fmt: skip
 
 
 @functools.cache
@@ -80,7 +100,7 @@ def code(*others: Path) -> str:
     """
     package = Path(rain_jax.__file__).parent
     own = [path for path in package.rglob("*.py")
-           if path.relative_to(package).parts[0] not in _UNRELATED]  # fmt: skip
+           if not path.relative_to(package).as_posix().startswith(_UNRELATED)]  # fmt: skip
     more = [path for other in others for path in (other, *other.rglob("*.py"))
             if path.is_file() and "configs" not in path.parts]  # fmt: skip
     found = hashlib.sha256()
@@ -100,20 +120,11 @@ class Journal:
 
     def column(self, title: str, turns_on: Mapping[str, Any]) -> "Pages":
         """The blocks of a column, whose verdicts turn on those things, code and machine beside."""
-        devices = jax.devices()
-        known = {
-            **turns_on,
-            "title": title,
-            "code": code(),
-            "jax": jax.__version__,
-            "generator": jax.config.values["jax_default_prng_impl"],
-            "devices": [devices[0].platform, devices[0].device_kind, len(devices)],
-        }
         if self.folder is None:
             return Pages(None)
-        name = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        known = {**turns_on, **circumstances(), "title": title, "devices": len(jax.devices())}
         plain = "".join(c if c.isalnum() or c in "_-" else "-" for c in title)[:40]
-        return Pages(self.folder / f"{plain}.{name[:16]}")
+        return Pages(self.folder / f"{plain}.{digest_of_json(known)}")
 
     def path(self, name: str) -> Path | None:
         """A file beside the blocks."""

@@ -1,5 +1,6 @@
 """Any model in one call: the same verdicts as attack and judge by hand, and what is refused."""
 
+import json
 import warnings
 
 import jax
@@ -162,7 +163,9 @@ def test_killed_it_goes_on_and_ends_with_the_same_result(tmp_path, monkeypatch, 
     assert read == ["clean", "noise"]
     np.testing.assert_array_equal(again.robust["pgd"], result.robust["pgd"])
     np.testing.assert_array_equal(again.adversarial_images, result.adversarial_images)
-    assert not list(tmp_path.iterdir())  # what was kept has served
+    left = {"evaluation.json", "verdicts.npz", "adversarial.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == left  # what was kept has served
+    before = (tmp_path / "evaluation.json").read_bytes()
     # Other attacks of the same names, weights, labels and programs are no such call.
     label = np.where(np.arange(37) == 20, (LABELS + 1) % 3, LABELS)
     for changed in (
@@ -176,8 +179,40 @@ def test_killed_it_goes_on_and_ends_with_the_same_result(tmp_path, monkeypatch, 
             patch.setattr(resume.Pages, "write", write_and_stop)
             with pytest.raises(Killed):
                 evaluate(*given, folder=tmp_path, progress=False)
-        evaluate(*changed, folder=tmp_path, progress=False)
+        with pytest.raises(UsageError, match="the record of another evaluation: name another"):
+            evaluate(*changed, folder=tmp_path, progress=False)
+        assert (tmp_path / "evaluation.json").read_bytes() == before
+        evaluate(*changed, folder=tmp_path, replace=True, progress=False)
         assert "noise" not in read
+        evaluate(*given, folder=tmp_path, replace=True, progress=False)
+        before = (tmp_path / "evaluation.json").read_bytes()
+
+
+def test_the_record_says_what_the_result_does(tmp_path):
+    attacks = {"noise": ATTACKS["noise"], "far": pgd(THREAT._replace(radius=1.0), steps=2)}
+    with pytest.warns(UserWarning, match="outside of the threat"):
+        result = evaluate(
+            MODEL, IMAGES, LABELS, THREAT, attacks, folder=tmp_path / "new", progress=False
+        )
+    record = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert record["model"] == result.name
+    assert record["images"] == len(LABELS)
+    assert record["threat"]["radius"] == pytest.approx(THREAT.radius)
+    assert record["clean"]["accuracy"] == pytest.approx(result.clean_accuracy)
+    assert record["worst_case"]["accuracy"] == pytest.approx(result.robust_accuracy)
+    for title in attacks:
+        assert record["attacks"][title]["accuracy"] == pytest.approx(result.accuracy[title])
+    assert record["attacks"]["far"]["settings"] == {"steps": 2, "uses": "gradient", "draws": 1}
+    assert record["attacks"]["far"]["outside_the_threat"] > 0
+    assert record["flagged"]
+    assert record["warnings"] == list(result.warnings)
+    images = np.load(tmp_path / "new" / "adversarial.npy")
+    with np.load(tmp_path / "new" / "verdicts.npz") as verdicts:
+        place = verdicts["adversarial/index"]
+        np.testing.assert_array_equal(verdicts["broken_by"], result.run.broken_by)
+    np.testing.assert_array_equal(images, result.adversarial_images[place])
+    others = np.setdiff1d(np.arange(len(LABELS)), place)
+    np.testing.assert_array_equal(result.adversarial_images[others], result.clean[others])
 
 
 def test_a_suite_leaves_no_more_than_its_first_attack():

@@ -1,34 +1,59 @@
-"""What is left of an evaluation: evaluation.json, verdicts.npz and the adversarial images.
+"""The record of an evaluation, for people, for programs and for those who want to check it.
 
-evaluation.json is for people and programs: counts with intervals, settings, cost, provenance.
-verdicts.npz has a column of numbers for each thing known of each image. adversarial.npy has the
-images that broke the model, from which `experiments.recount` can tell the worst case again.
+evaluation.json has counts with intervals, settings, cost and provenance. verdicts.npz has a column
+of numbers for each thing known of each image. adversarial.npy has the images that the model gets
+wrong, from which `experiments.recount` counts the worst case again.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import build
-from experiments.proof import Check
-from experiments.schema import filled_member
-from rain_jax import evaluation, norms
-from rain_jax.attacks import suites
-from rain_jax.evaluation import ColumnResult, EvaluationRun
+from rain_jax import norms
+from rain_jax.checks import UsageError
+from rain_jax.evaluation.columns import AttackColumn, ColumnResult, EvaluationRun
+from rain_jax.evaluation.counts import curve, proportion, standing
+from rain_jax.evaluation.engine import Evaluation
+from rain_jax.evaluation.verdicts import Judgement
 from rain_jax.logs import provenance, write_json
+from rain_jax.types import Iteration
 
 # What a radius and a distance are measured in.
 UNIT = "pixels in [0, 1]"
+INDEX, VERDICTS, IMAGES = "evaluation.json", "verdicts.npz", "adversarial.npy"
 # Images are copied so many at a time.
 _PART = 1024
 
 
+def identity_in(folder: Path) -> str | None:
+    """Which evaluation's record a folder holds (`Evaluation.fingerprint`), "" for one without it.
+
+    None where there is none.
+    """
+    path = folder / INDEX
+    try:
+        found = json.loads(path.read_text())["identity"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # damaged, or of an older version: some evaluation's all the same
+    return str(found)
+
+
+def refuse_another(folder: Path, evaluation: Evaluation, remedy: str) -> None:
+    """Raises `UsageError` where the folder holds the record of another evaluation."""
+    if identity_in(folder) not in (None, evaluation.fingerprint()):
+        raise UsageError(f"{folder} holds the record of another evaluation: {remedy}")
+
+
 def write(
-    folder: Path, record: dict[str, Any], measured: EvaluationRun, *, save_images: bool
+    folder: Path, record: Mapping[str, Any], measured: EvaluationRun, *, save_images: bool = True
 ) -> None:
-    """Writes all of it into the run's folder."""
+    """Writes all of it into a folder of its own, in the place of what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         f"{title}/{field}": np.asarray(value)
         for title, column in {
@@ -43,7 +68,7 @@ def write(
     arrays["broken_by"] = measured.broken_by
     arrays["broken_at"] = broken_at(measured)
     arrays["columns"] = np.array(list(measured.columns))
-    path, index = folder / "adversarial.npy", folder / "evaluation.json"
+    path, index = folder / IMAGES, folder / INDEX
     # Whoever finds it may take the rest for granted, so it goes first and comes back last.
     index.unlink(missing_ok=True)
     if save_images:
@@ -66,102 +91,79 @@ def write(
         path.unlink(missing_ok=True)
     with (partial := folder / "verdicts.tmp").open("wb") as file:
         np.savez_compressed(file, **arrays)
-    partial.replace(folder / "verdicts.npz")
+    partial.replace(folder / VERDICTS)
     write_json(index, record)
 
 
 def described(
-    experiment: build.Experiment,
-    measured: EvaluationRun,
-    name: str,
-    step: int,
-    checks: Sequence[Check] | None,
+    evaluation: Evaluation, measured: EvaluationRun, checks: Iterable[Any] | None = None
 ) -> dict[str, Any]:
-    """What evaluation.json says; of `checks` None, that none were made."""
+    """What evaluation.json says of an evaluation and what it measured.
+
+    `checks` are NamedTuples of a name, whether it passed and what was seen; None, that none were
+    made.
+    """
     robust = {title: counted(share) for title, share in measured.robust.items()}
     clean = measured.columns["clean"]
-    radius = float(experiment.threat.radius)
-    attacks = experiment.evaluation.attacks
+    threat, random = evaluation.threat, evaluation.model.random
+    checks = None if checks is None else list(checks)
     return {
-        "model": name,
-        "step": step,
-        "seed": experiment.seed,
+        "model": evaluation.name,
+        "identity": evaluation.fingerprint(),
         "images": len(clean.judgement.index),
-        "data": experiment.splits.test.name,
+        "data": evaluation.source.name,
         "data_hash": measured.digest,
         "threat": {
-            "norm": norms.name_of(experiment.threat.norm),
+            "norm": norms.name_of(threat.norm),
             "unit": UNIT,
-            "radius": radius,
-            "radius_in_255": 255 * radius,
+            "radius": float(threat.radius),
+            "radius_in_255": 255 * float(threat.radius),
         },
         "clean": {
             **robust["clean"],
-            **_over_draws(experiment, clean),
+            **(_of_draws(clean.judgement) if random else {}),
             **_near(clean),
             **_cost(clean),
         },
         "attacks": {
             title: {
                 **robust[title],
-                **_told(column),
-                "settings": attacks.get(title, experiment.evaluation.suite),
-                "through": experiment.looks[title].through,
+                **_figures(measured.columns[title]),
+                "settings": _settings(column),
             }
-            for title, column in measured.columns.items()
-            if title != "clean"
+            for title, column in evaluation.columns.items()
         },
         "cascade": measured.cascade,
         # The last column that is no check of another threat.
         "worst_case": {
             **[v for title, v in robust.items() if title not in measured.checks][-1],
-            **_over_draws(experiment, measured.worst),
+            **(_of_draws(measured.worst.judgement) if random and measured.worst else {}),
             # On another kind of machine verdicts on the same images may differ for these.
             "near_boundary": near_boundary(measured),
         },
         "distances": {
             title: {
-                **_curve(clean.judgement, column, radius),
+                **_curve(clean.judgement, column, float(threat.radius)),
                 **_cost(column),
-                "settings": experiment.evaluation.distances[title],
+                "settings": _settings(evaluation.distances[title]),
             }
             for title, column in measured.distances.items()
         },
         "broken_by": _broken_by(measured),
         "checks": [check._asdict() for check in checks or ()],
         "flagged": None if checks is None else not all(check.passed for check in checks),
-        "draws": experiment.evaluation.draws,
-        "eight_bit": experiment.evaluation.eight_bit,
-        "condition": experiment.evaluation.condition,
-        "corruption": experiment.evaluation.corruption,
-        "model_info": model_info(experiment, measured),
+        "draws": evaluation.draws,
+        "eight_bit": evaluation.eight_bit,
         "provenance": provenance(),
     }
 
 
-def model_info(experiment: build.Experiment, measured: EvaluationRun) -> dict[str, Any]:
-    """The fields of RobustBench's `ModelInfo`, accuracies in per cent; None where only people know.
-
-    `autoattack_acc` is there where all of AutoAttack ran, at its own budgets, and nothing beside
-    it: on how many images says the record. Common corruptions are another command's.
-    """
-    spec = experiment.config
-    evaluated = experiment.evaluation
-    suite = "rand" if experiment.network.random else "standard"
-    whole = evaluated.suite == filled_member(suites, {"name": suite}) and not evaluated.attacks
-    accuracy = {title: 100 * float(np.mean(share)) for title, share in measured.robust.items()}
-    return {
-        **dict.fromkeys(("link", "name", "authors", "venue", "reported", "footnote")),
-        "additional_data": spec["data"]["extra"] is not None,
-        # Of one answer: a member of an ensemble is a pass of its own.
-        "number_forward_passes": max(1, len(experiment.assembly.members)),
-        "dataset": experiment.splits.test.name.removeprefix("tfds:"),
-        "architecture": spec["network"]["name"],
-        "eps": float(experiment.threat.radius),
-        "clean_acc": accuracy["clean"],
-        "corruptions_acc": None,
-        "autoattack_acc": list(accuracy.values())[-1] if whole else None,
-    }
+def _settings(column: AttackColumn) -> dict[str, Any]:
+    """What an attack declares of itself."""
+    attack = column.attack
+    if not isinstance(attack, Iteration):
+        return {}
+    return {"steps": attack.steps, "uses": attack.uses, "draws": attack.draws}
 
 
 def broken_at(measured: EvaluationRun) -> np.ndarray:
@@ -176,16 +178,10 @@ def broken_at(measured: EvaluationRun) -> np.ndarray:
     return found
 
 
-def _over_draws(experiment: build.Experiment, column: ColumnResult | None) -> dict[str, float]:
+def _of_draws(judgement: Judgement) -> dict[str, float]:
     """Of a random model: how often its mean, and how often all of its draws, are right."""
-    if not experiment.network.random or column is None:
-        return {}
-    return _of_draws(column.judgement)
-
-
-def _of_draws(judgement: evaluation.Judgement) -> dict[str, float]:
     return {
-        "accuracy_of_the_mean": float(np.mean(evaluation.standing(judgement))),
+        "accuracy_of_the_mean": float(np.mean(standing(judgement))),
         "accuracy_in_all_draws": float(np.mean((judgement.share == 1) | ~judgement.allowed)),
     }
 
@@ -206,12 +202,12 @@ def _near(column: ColumnResult) -> dict[str, int]:
     return {"near_boundary": int(np.sum(column.judgement.near_boundary))}
 
 
-def _told(column: ColumnResult) -> dict[str, Any]:
+def _figures(column: ColumnResult) -> dict[str, Any]:
     """An attack's own figures, over the images that it was given."""
     judgement = column.judgement
     if not len(judgement.index):
         return {"attacked": 0, **_cost(column)}
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "attacked": len(judgement.index),
         "outside_the_threat": int(np.sum(~judgement.allowed)),
         "largest_distance": float(np.max(judgement.distance)),
@@ -222,19 +218,19 @@ def _told(column: ColumnResult) -> dict[str, Any]:
         **_cost(column),
     }
     if np.any(column.queries >= 0):
-        broken = column.queries[~evaluation.standing(judgement)]
-        told["queries"] = int(np.sum(column.queries))
-        told["median_queries_where_broken"] = float(np.median(broken)) if len(broken) else None
-    return told
+        broken = column.queries[~standing(judgement)]
+        found["queries"] = int(np.sum(column.queries))
+        found["median_queries_where_broken"] = float(np.median(broken)) if len(broken) else None
+    return found
 
 
 def _cost(column: ColumnResult) -> dict[str, Any]:
     """What a column took: time, and passes of the model where they can be counted."""
-    told: dict[str, Any] = {"seconds": column.seconds}
+    found: dict[str, Any] = {"seconds": column.seconds}
     if column.passes is not None:
-        told["forward_passes"] = int(column.passes.forward)
-        told["backward_passes"] = int(column.passes.backward)
-    return told
+        found["forward_passes"] = int(column.passes.forward)
+        found["backward_passes"] = int(column.passes.backward)
+    return found
 
 
 def _broken_by(measured: EvaluationRun) -> dict[str, int]:
@@ -247,23 +243,23 @@ def _broken_by(measured: EvaluationRun) -> dict[str, int]:
     }
 
 
-def _curve(clean: evaluation.Judgement, column: ColumnResult, radius: float) -> dict[str, Any]:
+def _curve(clean: Judgement, column: ColumnResult, radius: float) -> dict[str, Any]:
     """The accuracy at every radius, by one minimum-norm attack; and the median distance."""
     radii = np.linspace(0, 2 * radius, 33)
     judgement = column.judgement
-    found = judgement.distance[~evaluation.standing(judgement)]
+    found = judgement.distance[~standing(judgement)]
     return {
         "attacked": len(judgement.index),
         "found": len(found),
         "median_distance_where_found": float(np.median(found)) if len(found) else None,
         "radius": radii.tolist(),
-        "accuracy": evaluation.curve(clean, judgement, radii).tolist(),
+        "accuracy": curve(clean, judgement, radii).tolist(),
     }
 
 
 def counted(right: np.ndarray) -> dict[str, Any]:
     """Flags or shares [N] as the record tells them, with Wilson's 95 % interval."""
-    value = evaluation.proportion(right)
+    value = proportion(right)
     return {
         "right": value.hits,
         "of": value.total,
