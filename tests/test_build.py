@@ -187,7 +187,7 @@ def test_every_default_of_every_attack_can_be_built(name):
 CHANGES = [
     ("seed", "7", 7),
     ("training.epochs", "0.1", 0.1),
-    ("evaluation.images", "10", 10),
+    ("evaluation.images", "5", 5),
     ("evaluation.attacks.pgd.step_size", "0.01", 0.01),
     ("evaluation.attacks.pgd.estimator", "{'name': 'eot', 'draws': 2}", dict(name="eot", draws=2)),
     ("evaluation.attacks.pgd.loss", "margin", "margin"),
