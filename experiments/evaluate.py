@@ -13,7 +13,6 @@ such numbers wrong has been looked for.
 """
 
 import contextlib
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from experiments import build, cache, evaluations, proof, report, sanity, steps,
 from experiments.cli import NAME, REPLACE, run
 from experiments.defended import RUN
 from experiments.loading import check_finite, load
-from experiments.measure import evaluation_key, evaluation_of
+from experiments.measure import evaluation_of
 from experiments.model_info import model_info
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
-from rain_jax.evaluation import record
+from rain_jax.evaluation import audit, record
 from rain_jax.evaluation.resume import Journal
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
@@ -56,18 +55,19 @@ def evaluate(
         if look.through is not None and look.through.startswith(RUN):
             # Its turn may come after hours.
             workdir.read_config(Path(look.through.removeprefix(RUN)))
+    evaluation_ = evaluation_of(experiment, variables, name, folder)
     probe = None
     if experiment.ladder is not None:
         # It has checks of its own, but those look at numbers, and not at how they came about.
-        sanity.refuse_mistakes(experiment, variables)
+        sanity.refuse_mistakes(experiment.network, evaluation_)
     elif settings.checks:
         with Progress(f"{name}: checks", 1, unit="set") as bar:
-            probe = sanity.look(experiment, variables)
+            sanity.refuse_mistakes(experiment.network, evaluation_)
+            probe = audit.look(evaluation_)
             bar.advance(1)
-    evaluation_ = evaluation_of(experiment, variables, name, folder)
     measured = evaluation_()
-    proven = proven_of(experiment, measured, variables, name)
-    checks = None if probe is None else sanity.flags(experiment, measured, probe)
+    proven = proven_of(experiment, evaluation_, measured)
+    checks = None if probe is None else audit.checks(evaluation_, measured, probe)
     if jax.process_index() == 0:
         told = described(experiment, evaluation_, measured, step, checks)
         if proven is not None:
@@ -117,7 +117,7 @@ def described(
     evaluation_: evaluation.Evaluation,
     measured: evaluation.EvaluationRun,
     step: int,
-    checks: Sequence[proof.Check] | None,
+    checks: Sequence[audit.Check] | None,
 ) -> dict[str, Any]:
     """The record, with what only an experiment knows: settings by their keys, step and seed."""
     settings = experiment.evaluation
@@ -137,18 +137,16 @@ def described(
 
 
 def proven_of(
-    experiment: build.Experiment, measured: evaluation.EvaluationRun, variables: PyTree, name: str
+    experiment: build.Experiment,
+    evaluation_: evaluation.Evaluation,
+    measured: evaluation.EvaluationRun,
 ) -> proof.Proof | None:
     """What the checks say of an evaluation that climbs the ladder; None of others."""
     budget = experiment.ladder
     if budget is None:
         return None
-    devices = experiment.parallel.placed()
-    key = jax.random.fold_in(evaluation_key(experiment.seed), zlib.crc32(b"proof"))
-    with Progress(f"{name}: checks", 1, unit="set") as bar:
-        seen, lines = proof.looked_into(
-            experiment, budget, devices.replicate(variables), key, devices
-        )
+    with Progress(f"{evaluation_.name}: checks", 1, unit="set") as bar:
+        seen, lines = proof.looked_into(evaluation_, budget, evaluation_.key_of("proof"))
         bar.advance(1)
     accuracy = {title: float(np.mean(share)) for title, share in measured.robust.items()}
     margins = {

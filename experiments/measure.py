@@ -17,6 +17,8 @@ _MAKERS = tuple(
     Path(module.__file__) for module in
     (build, corrupted, defended, ladder, looks, schema_, settings) if module.__file__
 )  # fmt: skip
+# Forms of a model whose gradients are not those of the deployed one.
+_OTHERS = defended.UNDEFENDED, "gray"
 
 
 def evaluation_key(seed: int) -> Key:
@@ -47,7 +49,15 @@ def evaluation_of(
         }  # fmt: skip
         through = look.through
         form = None if through is None else lambda: attacked_model(experiment, variables, through)
-        return AttackColumn(look.attack, form, look.threat, named)
+        words = tuple((through or "").split("+"))
+        spec = wanted.attacks.get(title, {"name": title})
+        return AttackColumn(
+            look.attack, form, look.threat, named,
+            transfer=any(word in _OTHERS or word.startswith(defended.RUN) for word in words),
+            through=words,
+            fixed=through in experiment.assembly.fixed,
+            kind={key: spec[key] for key in spec if key not in ("steps", "step_size")},
+        )  # fmt: skip
 
     sections = [experiment.config[s] for s in ("network", "defence", "ensemble")]
     return Evaluation(
@@ -68,6 +78,7 @@ def evaluation_of(
         block=wanted.block,
         folder=folder,
         name=name,
+        surrogates=tuple(form for form in experiment.assembly.forms if form not in _OTHERS),
         identity=[sections, experiment.parallel.mapping, code(*_MAKERS)],
     )
 

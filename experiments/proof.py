@@ -8,32 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, defended
 from experiments.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
 from rain_jax import attacks, data, evaluation
+from rain_jax.evaluation import Evaluation
+from rain_jax.evaluation.audit import LEFT, SILENT, Check, Slopes, above, slopes
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
-from rain_jax.parallel import Devices, image_keys, round_up
-from rain_jax.types import Array, Batch, Estimator, Iteration, Key, LogitsFn, PyTree
+from rain_jax.parallel import image_keys, round_up
+from rain_jax.types import Array, Batch, Iteration, Key, PyTree
 
-# Accuracy that may be left at the far radius, and images that may have no gradient.
-LEFT, SILENT = 0.02, 0.01
-# Standard errors by which a comparison may be off.
-SLACK = 2.0
 # Images whose gradients are looked at, and with which the sweep is made.
 LOOKED_AT = 256
-
-
-class Check(NamedTuple):
-    """A thing that is so where the attacks work, and whether it is."""
-
-    name: str
-    passed: bool
-    told: str
-
-    def flag(self) -> str:
-        """The line about one that did not pass."""
-        return f"FLAG, does not hold: {self.name} ({self.told})"
 
 
 class Proof(NamedTuple):
@@ -61,27 +46,6 @@ class Proof(NamedTuple):
         if not self.valid:
             lines.append("no worst case is given: the attacks did not work as they should")
         return tuple(lines)
-
-
-class Slopes(NamedTuple):
-    """Of each image [N]: the gradient's length, and the cosine of two of independent draws."""
-
-    length: Any
-    cosine: Any
-
-
-def slopes(estimator: Estimator, logits_fn: LogitsFn, key: Key, batch: Batch) -> Slopes:
-    """The margin's gradient as attacks see it, twice; for one batch, inside a program."""
-
-    def one(key: Key, image: Array, label: Array) -> tuple[Array, Array]:
-        estimate = estimator(lambda k, x: (margin(logits_fn(k, x), label), None))
-        first, second = (estimate(k, image)[1].ravel() for k in jax.random.split(key))
-        product = jnp.linalg.norm(first) * jnp.linalg.norm(second)
-        cosine = jnp.dot(first, second) / jnp.where(product > 0, product, 1.0)
-        return jnp.linalg.norm(first), cosine
-
-    image = data.as_float(batch.image)
-    return Slopes(*jax.vmap(one)(image_keys(key, batch.index), image, batch.label))
 
 
 def sweep(
@@ -142,12 +106,6 @@ def stages(attack: Iteration, logits_fn_of: evaluation.LogitsFnOf) -> tuple[Any,
         return jax.vmap(lambda state: attack.best(logits_fn_of(variables), state)[0])(states)
 
     return begin, advance, best
-
-
-def above(one: float, other: float, images: int) -> bool:
-    """Whether one accuracy lies above another by more than so many images leave to chance."""
-    variance = (one * (1 - one) + other * (1 - other)) / images
-    return one - other > SLACK * float(np.sqrt(variance)) + 1 / images
 
 
 def checks(
@@ -217,19 +175,14 @@ def checks(
 
 
 def looked_into(
-    experiment: build.Experiment,
-    budget: Ladder,
-    variables: PyTree,
-    key: Key,
-    devices: Devices,
+    planned: Evaluation, budget: Ladder, key: Key
 ) -> tuple[Slopes, list[dict[str, Any]]]:
-    """The gradients of some test images, and the sweep on the same ones."""
-    of = defended.logits_fn_of(experiment.network)
-    size = round_up(min(experiment.evaluation.batch_size, LOOKED_AT), devices.size)
-    limit = min(LOOKED_AT, experiment.evaluation.images or LOOKED_AT)
-    source = data.first(experiment.splits.test, limit)
-    batches = list(data.evaluation_batches(source, size))
-    random = experiment.network.random
+    """The gradients of some of an evaluation's images, and the sweep on the same ones."""
+    model, threat, devices = planned.model, planned.threat, planned.devices
+    of, random = evaluation.logits_fn_of(model), model.random
+    size = round_up(min(planned.batch_size, LOOKED_AT), devices.size)
+    batches = list(data.evaluation_batches(data.first(planned.source, LOOKED_AT), size))
+    variables = devices.replicate(model.variables)
     estimator = eot(budget.draws) if random else exact()
     program = jax.jit(lambda v, batch: slopes(estimator, of(v), key, batch))
     parts = []
@@ -242,11 +195,9 @@ def looked_into(
     if not (budget.sweep_draws and budget.sweep_steps):
         return seen, []
 
-    draws = experiment.evaluation.draws or 1
-    rules = evaluation.Rules(experiment.threat, draws, experiment.evaluation.eight_bit)
+    rules = evaluation.Rules(threat, planned.draws, planned.eight_bit)
 
     def attack_of(number: int) -> Iteration:
-        threat = experiment.threat
         return attacks.pgd(
             threat, steps=max(budget.sweep_steps), step_size=threat.radius / 10, loss=margin,
             estimator=eot(number) if random else None,

@@ -34,7 +34,6 @@ import numpy as np
 from experiments import build, cache, configuring, evaluations, train, workdir
 from experiments.cli import run
 from experiments.lines import append, read
-from experiments.proof import Check
 from experiments.sweeping import grid, ledger, side_by_side, told
 from experiments.sweeping.grid import Asked, Cell
 from experiments.sweeping.lanes import Measured, Measurer
@@ -42,6 +41,7 @@ from experiments.sweeping.plan import Plan
 from rain_jax import norms
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import record as records
+from rain_jax.evaluation.audit import Check
 from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import initialise
 

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, configuring, sanity, steps, train
+from experiments import build, configuring, steps, train
 from rain_jax import training
+from rain_jax.evaluation import audit
 from rain_jax.parallel import choose_devices, place
 
 PROMISED = {"config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluations"}
@@ -154,8 +155,8 @@ def hurried(section):
 @pytest.mark.parametrize("path", commands.CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path, monkeypatch):
     # What the look at a model finds is another test's (tests/test_sanity.py): here it is brief.
-    monkeypatch.setattr(sanity, "_STEPS", 2)
-    monkeypatch.setattr(sanity, "_DRAWS", 2)
+    monkeypatch.setattr(audit, "_STEPS", 2)
+    monkeypatch.setattr(audit, "_DRAWS", 2)
     spec = configuring.plain(runpy.run_path(str(path))["get_config"]())
     thin = []
     if spec["network"]["name"] == "preact_resnet18":

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import build, configuring, evaluate, proof, report, sanity
+from experiments import build, configuring, evaluate, measure, report, sanity
 from rain_jax import attacks
 from rain_jax.checks import UsageError
+from rain_jax.evaluation import audit
 from rain_jax.evaluation.resume import FOLDER
 from rain_jax.types import Network
 
@@ -98,12 +99,17 @@ def told(experiment, folder):
     return row, json.loads((folder / "evaluation.json").read_text())
 
 
+def planned(experiment):
+    """The evaluation of an experiment, without trained weights."""
+    return measure.evaluation_of(experiment, {"params": {}}, "model")
+
+
 def failing(checks):
     return {check["name"] for check in checks if not check["passed"]}
 
 
 def of_the_model(experiment):
-    found = sanity._of_the_model(sanity.look(experiment, {"params": {}}))
+    found = audit.of_the_model(audit.look(planned(experiment)))
     return failing(check._asdict() for check in found)
 
 
@@ -392,16 +398,16 @@ def test_a_random_model_that_is_attacked_as_one_has_no_flag(experiment_of, tmp_p
 def test_one_draw_of_a_random_model_is_flagged(experiment_of, draws, estimator, flagged):
     columns = {"pgd": {**PGD, "estimator": estimator}}
     experiment = experiment_of(shaken, ("evaluation.draws", draws), random=True, **columns)
-    assert failing(c._asdict() for c in sanity._of_the_rules(experiment)) == flagged
+    assert failing(c._asdict() for c in audit.of_the_rules(planned(experiment))) == flagged
     # Of a fixed model one draw tells all.
     fixed = experiment._replace(network=network_of(sound))
-    assert failing(c._asdict() for c in sanity._of_the_rules(fixed)) == set()
+    assert failing(c._asdict() for c in audit.of_the_rules(planned(fixed))) == set()
 
 
 def test_the_suite_for_random_models_takes_its_draws(experiment_of):
     suite = ("evaluation.suite", dict(name="rand", steps=2, draws=4))
     experiment = experiment_of(shaken, suite, ("evaluation.draws", 20), random=True)
-    assert failing(c._asdict() for c in sanity._of_the_rules(experiment)) == set()
+    assert failing(c._asdict() for c in audit.of_the_rules(planned(experiment))) == set()
 
 
 # --- What the checks know ---------------------------------------------------------------------
@@ -420,7 +426,7 @@ def test_the_suite_for_random_models_takes_its_draws(experiment_of):
 )
 def test_a_radius_that_rounding_exceeds_is_flagged(experiment_of, norm, radius, flagged):
     experiment = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius))
-    found = failing(c._asdict() for c in sanity._of_the_rules(experiment))
+    found = failing(c._asdict() for c in audit.of_the_rules(planned(experiment)))
     assert found == ({"the radius is more than rounding to 8 bits"} if flagged else set())
 
 
@@ -431,7 +437,7 @@ def test_a_radius_that_rounding_exceeds_is_flagged(experiment_of, norm, radius, 
 )  # fmt: skip
 def test_a_radius_of_levels_in_other_norms_is_flagged(experiment_of, norm, radius, flagged):
     experiment = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius))
-    found = failing(c._asdict() for c in sanity._of_the_rules(experiment))
+    found = failing(c._asdict() for c in audit.of_the_rules(planned(experiment)))
     assert found == ({"no image is as good as any other"} if flagged else set())
 
 
@@ -448,7 +454,7 @@ def test_a_radius_of_levels_in_other_norms_is_flagged(experiment_of, norm, radiu
 )
 def test_far_is_where_every_image_can_be_made_grey(experiment_of, norm, radius, radii):
     threat = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius)).threat
-    found = sanity._radii(threat, (8, 8, 1))
+    found = audit._radii(threat, (8, 8, 1))
     assert found == pytest.approx(radii)
     grey = np.full((8, 8, 1), 0.5, np.float32)
     assert threat.norm.measure(grey) <= found[-1] * (1 + 1e-6)
@@ -475,7 +481,7 @@ def test_in_other_norms_a_sound_model_has_no_flag(experiment_of, norm):
     ],
 )
 def test_which_attacks_see_gradients(experiment_of, column, kind):
-    assert sanity._kind(experiment_of(None, column=column), "column") == kind
+    assert audit.kind_of(planned(experiment_of(None, column=column)).columns["column"]) == kind
 
 
 @pytest.mark.parametrize(
@@ -486,15 +492,15 @@ def test_which_attacks_see_gradients(experiment_of, column, kind):
 def test_forms_that_are_not_the_model_are_transfer(experiment_of, form, kind):
     experiment = experiment_of(None)
     look = experiment.looks["pgd"]._replace(through=form)
-    assert sanity._kind(experiment._replace(looks={"pgd": look}), "pgd") == kind
+    assert audit.kind_of(planned(experiment._replace(looks={"pgd": look})).columns["pgd"]) == kind
 
 
-@pytest.mark.parametrize("share", [sanity._BLIND, proof.SILENT, proof.LEFT, sanity._UNCHANGED])
+@pytest.mark.parametrize("share", [audit._BLIND, audit.SILENT, audit.LEFT, audit._UNCHANGED])
 @pytest.mark.parametrize("images", [10, 50, 128, 1000, 10_000])
 def test_false_alarms_are_rare_at_any_size(images, share):
     hits = np.arange(images + 1)
-    flagged = np.array([sanity._surely_more(int(h), images, share) for h in hits])
-    assert np.sum(stats.binom.pmf(hits[flagged], images, share)) <= sanity._ALARM
+    flagged = np.array([audit._surely_more(int(h), images, share) for h in hits])
+    assert np.sum(stats.binom.pmf(hits[flagged], images, share)) <= audit._ALARM
     # And what is three times as much is found where there are images enough.
     assert flagged[-1]
     if images * share >= 20:
@@ -512,7 +518,7 @@ def test_what_is_seen_does_not_turn_on_the_batches(experiment_of):
     seen = []
     for size in (64, 33):
         calls.clear()
-        probe = sanity.look(experiment_of(counted, ("evaluation.batch_size", size)), {"params": {}})
+        probe = audit.look(planned(experiment_of(counted, ("evaluation.batch_size", size))))
         seen.append((probe, len(calls)))
     (whole, traced), (parts, again) = seen
     assert traced == again

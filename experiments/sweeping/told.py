@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.proof import Check, above
 from experiments.report import percent
 from experiments.sweeping.grid import Cell, chains
 from experiments.sweeping.lanes import Measured
 from rain_jax import evaluation
+from rain_jax.evaluation.audit import Check, above
 from rain_jax.evaluation.record import counted
 from rain_jax.logs import table
 

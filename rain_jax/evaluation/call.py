@@ -18,12 +18,13 @@ from rain_jax.adapters import as_model
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, whole, within
 from rain_jax.data import as_float, from_arrays
-from rain_jax.evaluation import record
+from rain_jax.evaluation import audit, record
 from rain_jax.evaluation.columns import AttackColumn, EvaluationRun
 from rain_jax.evaluation.engine import Evaluation
 from rain_jax.evaluation.result import Result
 from rain_jax.evaluation.resume import digest
 from rain_jax.keys import is_key
+from rain_jax.logs import Progress
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, place
 from rain_jax.remembered import remembered
@@ -48,6 +49,7 @@ def evaluate(
     eight_bit: bool = False,
     cascade: bool = True,
     random: bool | None = None,
+    checks: bool = True,
     folder: str | os.PathLike[str] | None = None,
     replace: bool = False,
     devices: Devices | None = None,
@@ -72,6 +74,9 @@ def evaluate(
       cascade: whether an attack gets only the images that those before it left correct. Without,
         every attack gets all of them.
       random: whether the model draws from the key; by default a function that takes a key does.
+      checks: whether it is looked for what makes robustness look larger than it is
+        (`evaluation.audit`): a short attack at several radii on the first 128 images, of a random
+        model 64, and comparisons of the attacks with each other.
       folder: where the evaluation leaves its record: evaluation.json, verdicts.npz and
         adversarial.npy. Blocks of results are kept there until it is complete: the same call goes
         on after a kill, and ends with the same result. One evaluation at a time uses it.
@@ -86,9 +91,9 @@ def evaluate(
     compiles nothing.
 
     Raises `UsageError` for a model, images, labels, attacks or a threat of another kind. Warns of
-    what makes such numbers wrong: attacks that leave the threat, gradients that are not finite or
-    zero, logits that are not finite, look like probabilities or are drawn without saying so. For
-    these it asks about the first four images.
+    attacks that leave the threat, and of logits that are not finite, look like probabilities or are
+    drawn without saying so, for which it asks about the first four images; without `checks` also of
+    their gradients. A check that does not hold is a line below the result's table.
     """
     try:
         images, labels = np.asarray(images), np.asarray(labels)
@@ -111,7 +116,7 @@ def evaluate(
     _check_labels(labels, len(images), classes)
     columns = _columns(attacks, threat, asked, images.shape[1:], classes, folder is not None)
     times = draws if draws is not None else _DRAWS if asked.random else 1
-    found = _look(asked, images, labels, times)
+    found = _look(asked, images, labels, times, slopes=not checks)
     whole_images = as_float(images)
     evaluation = Evaluation(
         model=asked,
@@ -137,16 +142,23 @@ def evaluate(
     )
     if folder is not None and not replace:
         record.refuse_another(Path(folder), evaluation, "name another folder, or give replace=True")
+    probe = None
+    if checks:
+        with Progress(f"{evaluation.name}: checks", 1, unit="set", shown=progress) as bar:
+            probe = audit.look(evaluation)
+            bar.advance(1)
     run = evaluation()
     found += _of_the_run(run)
+    verdicts = None if probe is None else tuple(audit.checks(evaluation, run, probe))
     if folder is not None and jax.process_index() == 0:
-        said = {"warnings": found, "flagged": bool(found)}
-        record.write(Path(folder), record.described(evaluation, run) | said, run)
+        told = record.described(evaluation, run, verdicts) | {"warnings": found}
+        told["flagged"] = bool(found) or told["flagged"]
+        record.write(Path(folder), told, run)
     run.found.image = np.array(run.found.image)  # the file that it may lie in goes now
     evaluation.finish()
     for text in found:
         warnings.warn(text, stacklevel=2)
-    return Result(evaluation.name, threat, whole_images, run, tuple(found))
+    return Result(evaluation.name, threat, whole_images, run, tuple(found), verdicts)
 
 
 def _columns(
@@ -211,8 +223,10 @@ def _of_the_run(run: EvaluationRun) -> list[str]:
     return found
 
 
-def _look(model: Model, images: np.ndarray, labels: np.ndarray, draws: int) -> list[str]:
-    """What the logits and gradients of a few images say against the numbers to come."""
+def _look(
+    model: Model, images: np.ndarray, labels: np.ndarray, draws: int, *, slopes: bool
+) -> list[str]:
+    """What the logits of a few images, and their `slopes`, say against the numbers to come."""
     few, label = as_float(images[:_FEW]), labels[:_FEW].astype(np.int32)
     program = _answers_and_slopes(model.logits)
     # Two calls: a module of PyTorch that draws in secret answers all keys of one alike.
@@ -228,12 +242,12 @@ def _look(model: Model, images: np.ndarray, labels: np.ndarray, draws: int) -> l
         )
     elif np.all(one >= 0) and np.allclose(np.sum(one, axis=-1), 1.0, atol=1e-3):
         found.append("the model seems to give probabilities: attacks climb logits")
-    elif not np.all(np.isfinite(size)):
+    elif slopes and not np.all(np.isfinite(size)):
         found.append(
             f"gradients of {np.sum(~np.isfinite(size).all(axis=1))} of the first {len(few)} images "
             "are not finite: attacks take them for zero, and robustness to them says little"
         )
-    elif np.all(size == 0):
+    elif slopes and np.all(size == 0):
         found.append(
             "the first images have no gradient: attacks that need one find nothing, which says "
             "nothing of robustness"

@@ -25,6 +25,14 @@ class AttackColumn(NamedTuple):
     threat: Threat | None = None
     # The attack's settings, JSON: part of its name in the resume log.
     settings: Any = None
+    # What the checks (`evaluation.audit`) must know: whether the gradients are those of another
+    # model than the one that is judged; by which surrogates of its parts they go; whether that form
+    # of a random model draws nothing; and settings but for the number of steps, which tell attacks
+    # that differ in it alone.
+    transfer: bool = False
+    through: tuple[str, ...] = ()
+    fixed: bool = False
+    kind: Any = None
 
 
 class ColumnResult(NamedTuple):

@@ -136,6 +136,7 @@ class Evaluation:
       name: what progress calls this.
       identity: JSON that tells this model's structure from others in the resume log. Its weights
         are hashed beside it.
+      surrogates: smooth stand-ins for parts of the model that some attack should go through.
       shown: whether progress is shown; None asks the environment.
     """
 
@@ -154,6 +155,7 @@ class Evaluation:
     folder: Path | None = None
     name: str = "model"
     identity: Any = None
+    surrogates: tuple[str, ...] = ()
     shown: bool | None = None
 
     def __post_init__(self) -> None:

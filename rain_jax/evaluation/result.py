@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rain_jax import norms
+from rain_jax.evaluation.audit import Check
 from rain_jax.evaluation.columns import ColumnResult, EvaluationRun
 from rain_jax.evaluation.cost import Passes
 from rain_jax.evaluation.counts import Proportion, proportion, standing
@@ -20,7 +21,8 @@ class Result:
     """How robust a model is, by the attacks of one evaluation, in their order.
 
     `clean` [N, H, W, C] are the images as floats, `warnings` what speaks against the numbers, `run`
-    all that was measured.
+    all that was measured, and `checks` what must be so before a number is believed, with whether it
+    is; None if none were made.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Result:
     clean: np.ndarray
     run: EvaluationRun
     warnings: tuple[str, ...] = ()
+    checks: tuple[Check, ...] | None = None
 
     @property
     def robust(self) -> dict[str, np.ndarray]:
@@ -133,7 +136,9 @@ class Result:
         ]
 
     def _notes(self) -> list[str]:
-        return [f"! {warning}" for warning in self.warnings]
+        failed = [check.flag() for check in self.checks or () if not check.passed]
+        found = [f"! {line}" for line in (*self.warnings, *failed)]
+        return found if self.checks is not None else [*found, "no checks were made (checks=False)"]
 
 
 _HEADERS = ("after", "correct", "images", "misclassified", "forward", "backward", "seconds")

@@ -1,5 +1,6 @@
 """Any model in one call: the same verdicts as attack and judge by hand, and what is refused."""
 
+import functools
 import json
 import warnings
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rain_jax import evaluate
-from rain_jax.attacks import noise, pgd
+import rain_jax
+from rain_jax.attacks import noise, pgd, square
 from rain_jax.attacks.suites import standard
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import Rules, judge, judging, key_of, packed, resume, standing
@@ -17,6 +18,7 @@ from rain_jax.norms import l2, linf
 from rain_jax.parallel import choose_devices, place
 from rain_jax.types import Batch, Model, Threat
 
+evaluate = functools.partial(rain_jax.evaluate, checks=False)
 THREAT = Threat(l2, 0.4)
 DRAW = np.random.default_rng(2)
 WEIGHTS = DRAW.normal(size=(60, 3)).astype(np.float32)
@@ -105,7 +107,9 @@ def test_each_attack_has_its_images_and_its_cost(result):
 
 def test_it_is_shown_as_a_table(result):
     text, page = str(result), result._repr_html_()
-    assert f" {100 * result.robust_accuracy:.1f} [" in text.splitlines()[-1]
+    *_, last, note = text.splitlines()
+    assert f" {100 * result.robust_accuracy:.1f} [" in last
+    assert note == "no checks were made (checks=False)"
     assert "per cent correct of 37 images, 95 % intervals; l2 radius 0.4" in text
     assert repr(result) == text
     assert page.count("<tr>") == 4
@@ -126,10 +130,11 @@ def test_the_same_call_compiles_nothing():
     attack = lambda: pgd(THREAT, steps=11)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        first = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), progress=False)
+        given = dict(progress=False, checks=True)
+        first = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), **given)
         assert [event for event in compiled if event.endswith("backend_compile_duration")]
         compiled.clear()
-        again = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), progress=False)
+        again = evaluate(MODEL, IMAGES, LABELS, THREAT, attack(), **given)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not [event for event in compiled if event.endswith("backend_compile_duration")]
@@ -213,6 +218,33 @@ def test_the_record_says_what_the_result_does(tmp_path):
     np.testing.assert_array_equal(images, result.adversarial_images[place])
     others = np.setdiff1d(np.arange(len(LABELS)), place)
     np.testing.assert_array_equal(result.adversarial_images[others], result.clean[others])
+
+
+def test_checks_are_made_told_and_recorded(tmp_path):
+    attacks = {"pgd": pgd(THREAT, steps=10), "square": square(THREAT, queries=200)}
+    given = dict(checks=True, cascade=False, progress=False)
+    sound = evaluate(MODEL, IMAGES, LABELS, THREAT, attacks, **given)
+    assert {check.name for check in sound.checks if not check.passed} == set()
+    assert {"images have gradients", "square finds little that gradients did not"} <= {
+        check.name for check in sound.checks
+    }
+    assert "!" not in str(sound)
+
+    def detached(weights, key, image):
+        return logits(weights, key, jax.lax.stop_gradient(image))
+
+    blind = evaluate(
+        Model(detached, WEIGHTS), IMAGES, LABELS, THREAT, attacks, folder=tmp_path, **given
+    )
+    failed = {check.name for check in blind.checks if not check.passed}
+    assert {"images have gradients", "square finds little that gradients did not"} <= failed
+    for text in (str(blind), blind._repr_html_()):
+        assert "FLAG, does not hold: images have gradients" in text
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["flagged"]
+    assert {check["name"] for check in record["checks"] if not check["passed"]} == failed
+    assert "no checks were made" in str(evaluate(MODEL, IMAGES, LABELS, THREAT, attacks["pgd"],
+                                                 progress=False))  # fmt: skip
 
 
 def test_a_suite_leaves_no_more_than_its_first_attack():
