@@ -101,7 +101,7 @@ def test_members_share_what_they_learn_from_and_not_what_they_are_judged_by():
 
 
 def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "side_by_side", lambda runs: None)
+    monkeypatch.setattr(evaluate, "side_by_side", lambda *given: None)
     for place_of, cell in zip(cells_of(four[0]), CELLS, strict=True):
         own = tmp_path / place_of.name
         spec = configuring.changed(
@@ -145,7 +145,7 @@ def test_killed_between_the_saves_of_two_members_they_end_with_the_same_bits(
             raise KeyboardInterrupt
         save(self, done, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "side_by_side", lambda runs: None)
+    monkeypatch.setattr(evaluate, "side_by_side", lambda *given: None)
     monkeypatch.setattr(Checkpoints, "save", dying)
     with pytest.raises(KeyboardInterrupt):
         swept(tmp_path, *AXES)
