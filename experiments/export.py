@@ -86,6 +86,12 @@ def stablehlo(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]
 
 def onnx(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]) -> bytes:
     """The ONNX model, of any number of images."""
+    _needed("onnx", "jax2onnx", "onnxruntime")
+    if jax.__version_info__ >= _JAX2ONNX_BELOW:
+        raise UsageError(
+            "config.format='onnx': expected JAX below "
+            f"{'.'.join(map(str, _JAX2ONNX_BELOW))}, as jax2onnx needs; here is {jax.__version__}"
+        )
     # Traced here, since the converter would put its own layers in the place of Flax's; and without
     # what nobody uses, such as keys that are split for a defence that draws nothing.
     with by_lax():
@@ -93,7 +99,6 @@ def onnx(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]) -> 
     needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     traced = jax.extend.core.jaxpr_as_fun(closed.replace(jaxpr=needed))
     names = ["images", "seed"][: len(inputs)]
-    _needed("onnx", "jax2onnx", "onnxruntime")
     converter = importlib.import_module("jax2onnx")
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -102,6 +107,10 @@ def onnx(function: Callable[..., Array], inputs: list[jax.ShapeDtypeStruct]) -> 
             traced, inputs, opset=OPSET, input_names=names, output_names=["logits"]
         )
     return model.SerializeToString()
+
+
+# The newest jax2onnx beside which our Orbax can be installed (0.13) reads what later ones moved.
+_JAX2ONNX_BELOW = (0, 12)
 
 
 def _needed(format: str, *modules: str) -> None:

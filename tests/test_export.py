@@ -32,6 +32,15 @@ def needs(format):
     absent = [name for name in NEEDED[format] if importlib.util.find_spec(name) is None]
     if absent:
         pytest.skip(f"{absent[0]} is not installed: see the extra `{format}`")
+    if format == "onnx" and jax.__version_info__ >= export._JAX2ONNX_BELOW:
+        pytest.skip("jax2onnx does not work with this JAX")
+
+
+def test_onnx_says_which_jax_it_needs(monkeypatch):
+    monkeypatch.setattr(export, "_needed", lambda *modules: None)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    with pytest.raises(UsageError, match=r"config.format='onnx': expected JAX below 0.12"):
+        export.onnx(lambda images: images, [])
 
 
 @cache
