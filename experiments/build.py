@@ -166,12 +166,7 @@ def experiment(whole: Any) -> Experiment:
     if corruption is not None:
         asked = call("config.evaluation.corruption", settings.Corrupted, corruption)
         splits = splits._replace(test=corrupted.corrupted(splits.test, asked))
-    wanted = parts["evaluation"].images
-    if wanted is not None and wanted > splits.test.size:
-        raise UsageError(
-            f"config.evaluation.images={wanted:,}: expected at most {splits.test.size:,}, the test "
-            "images that there are, or None for all of them"
-        )
+    data.at_most("config.evaluation.images", parts["evaluation"].images, splits.test)
     if parts["training"].batch_size > splits.train.size:
         raise UsageError(
             f"config.training.batch_size={parts['training'].batch_size}: expected at most the "

@@ -283,13 +283,8 @@ def measure(
                 f"{name}: tested on {there.size:,} images of {there.name}, {list(there.shape)}: "
                 f"expected {here.size:,} of {here.name}, {list(here.shape)}"
             )
-    held = first.splits.test.size
-    if asked.images is not None and asked.images > held:
-        raise UsageError(
-            f"config.images={asked.images:,}: expected at most {held:,}, the test images that "
-            "there are"
-        )
-    source = data.first(first.splits.test, asked.images or first.evaluation.images)
+    own = data.at_most("config.images", asked.images, first.splits.test)
+    source = data.first(first.splits.test, own or first.evaluation.images)
     published = {}
     if asked.published is not None:
         name, cells = asked.published.removeprefix("tfds:"), asked.cells

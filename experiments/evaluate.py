@@ -30,7 +30,6 @@ from experiments.model_info import model_info
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.evaluation import audit, record
-from rain_jax.evaluation.resume import Journal
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
 from rain_jax.types import PyTree
@@ -49,36 +48,49 @@ def evaluate(
 
     Without `finish` the resume log stays, and the same evaluation again costs nothing.
     """
-    check_finite(variables, f"{folder} at step {step}")
+    planned = evaluation_of(experiment, variables, name, folder)
+    return evaluate_planned(experiment, planned, step, finish=finish)
+
+
+def evaluate_planned(
+    experiment: build.Experiment,
+    planned: evaluation.Evaluation,
+    step: int,
+    *,
+    finish: bool = True,
+) -> tuple[report.Row, report.Sample]:
+    """The same, of an evaluation that `evaluation_of` has made, which has a folder."""
+    name, folder = planned.name, planned.folder
+    assert folder is not None
+    check_finite(planned.model.variables, f"{folder} at step {step}")
     settings = experiment.evaluation
     for look in experiment.looks.values():
         if look.through is not None and look.through.startswith(RUN):
             # Its turn may come after hours.
             workdir.read_config(Path(look.through.removeprefix(RUN)))
-    evaluation_ = evaluation_of(experiment, variables, name, folder)
     probe = None
     if experiment.ladder is not None:
         # It has checks of its own, but those look at numbers, and not at how they came about.
-        sanity.refuse_mistakes(experiment.network, evaluation_)
+        sanity.refuse_mistakes(experiment.network, planned)
     elif settings.checks:
         with Progress(f"{name}: checks", 1, unit="set") as bar:
-            sanity.refuse_mistakes(experiment.network, evaluation_)
-            probe = audit.look(evaluation_)
+            sanity.refuse_mistakes(experiment.network, planned)
+            probe = audit.look(planned)
             bar.advance(1)
-    measured = evaluation_()
-    proven = proven_of(experiment, evaluation_, measured)
-    checks = None if probe is None else audit.checks(evaluation_, measured, probe)
+    measured = planned()
+    proven = proven_of(experiment, planned, measured)
+    checks = None if probe is None else audit.checks(planned, measured, probe)
     if jax.process_index() == 0:
-        told = described(experiment, evaluation_, measured, step, checks)
+        content = described(experiment, planned, measured, step, checks)
         if proven is not None:
-            told["ladder"] = proven.told()
+            content["ladder"] = proven.told()
             if not proven.valid:
-                told["worst_case"] = None
-        record.write(folder, told, measured, save_images=settings.save_images)
+                content["worst_case"] = None
+        record.write(folder, content, measured, save_images=settings.save_images)
         if proven is not None:
-            report.ladder_figure(folder / "ladder.png", told)
+            report.ladder_figure(folder / "ladder.png", content)
     if finish:
-        evaluation_.finish()
+        planned.finish()
     clean = measured.columns["clean"].judgement
     sample = report.Sample(
         name,
@@ -114,20 +126,20 @@ def evaluate(
 
 def described(
     experiment: build.Experiment,
-    evaluation_: evaluation.Evaluation,
+    planned: evaluation.Evaluation,
     measured: evaluation.EvaluationRun,
     step: int,
     checks: Sequence[audit.Check] | None,
 ) -> dict[str, Any]:
     """The record, with what only an experiment knows: settings by their keys, step and seed."""
     settings = experiment.evaluation
-    told = record.described(evaluation_, measured, checks)
-    for title, row in told["attacks"].items():
+    content = record.described(planned, measured, checks)
+    for title, row in content["attacks"].items():
         row["settings"] = settings.attacks.get(title, settings.suite)
         row["through"] = experiment.looks[title].through
-    for title, row in told["distances"].items():
+    for title, row in content["distances"].items():
         row["settings"] = settings.distances[title]
-    return told | {
+    return content | {
         "step": step,
         "seed": experiment.seed,
         "condition": settings.condition,
@@ -138,15 +150,15 @@ def described(
 
 def proven_of(
     experiment: build.Experiment,
-    evaluation_: evaluation.Evaluation,
+    planned: evaluation.Evaluation,
     measured: evaluation.EvaluationRun,
 ) -> proof.Proof | None:
     """What the checks say of an evaluation that climbs the ladder; None of others."""
     budget = experiment.ladder
     if budget is None:
         return None
-    with Progress(f"{evaluation_.name}: checks", 1, unit="set") as bar:
-        seen, lines = proof.looked_into(evaluation_, budget, evaluation_.key_of("proof"))
+    with Progress(f"{planned.name}: checks", 1, unit="set") as bar:
+        seen, lines = proof.looked_into(planned, budget, planned.key_of("proof"))
         bar.advance(1)
     accuracy = {title: float(np.mean(share)) for title, share in measured.robust.items()}
     margins = {
@@ -195,20 +207,21 @@ def _side_by_side(
     runs: list[tuple[str, build.Experiment, Path]], asked: str | None, replace: bool
 ) -> None:
     """The same, in folders that nobody else writes into."""
-    pairs, places = [], []
+    pairs, plans = [], []
     for name, experiment, folder in runs:
         variables, step = load(experiment, folder)
         planned = evaluation_of(experiment, variables, name)
         default = evaluations.name_of(experiment.evaluation, planned.source.size)
-        place = evaluations.place(folder, planned, default, asked, replace)
-        row, sample = evaluate(experiment, variables, place, name, step, finish=False)
+        planned.folder = evaluations.place(folder, planned, default, asked, replace)
+        row, sample = evaluate_planned(experiment, planned, step, finish=False)
         notes = row.notes + _unfinished(experiment, folder, step)
         pairs.append((row._replace(notes=notes), sample))
-        places.append(place)
+        plans.append(planned)
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]
-    (_, experiment, folder), place = runs[0], places[0]
+    (_, experiment, folder), place = runs[0], plans[0].folder
+    assert place is not None
     radius = float(experiment.threat.radius)
     text = report.results_table(rows)
     (place / "table.txt").write_text(text + "\n")
@@ -224,8 +237,8 @@ def _side_by_side(
         flush=True,
     )
     # Only now: killed in the middle of the second run, the first is not measured again.
-    for place in places:
-        Journal(place).finish()
+    for planned in plans:
+        planned.finish()
 
 
 def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def place(
         return run / FOLDER / name
     number = 1
     while not replace and record.identity_in(_numbered(run, default, number)) not in (
-        None, evaluation.fingerprint(),
+        None, evaluation.fingerprint,
     ):  # fmt: skip
         number += 1
     if jax.process_count() > 1:

@@ -78,6 +78,7 @@ def evaluation_of(
         block=wanted.block,
         folder=folder,
         name=name,
+        recorded=[wanted.checks, wanted.save_images, wanted.ladder],
         surrogates=tuple(form for form in experiment.assembly.forms if form not in _OTHERS),
         identity=[sections, experiment.parallel.mapping, code(*_MAKERS)],
     )

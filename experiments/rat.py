@@ -187,13 +187,10 @@ def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
     planned = measure.evaluation_of(built, networks[-1], "rat")
     default = evaluations.name_of(built.evaluation, planned.source.size)
     place = evaluations.place(folder, planned, default)
-    pairs = [
-        evaluate.evaluate(built, variables, there, name, done)
-        for variables, there, name, done in (
-            (networks[-1], place, "rat", own.number),
-            (networks[0], place.with_name(f"{place.name}.start"), "start", 0),
-        )
-    ]
+    # The one that the run is about comes last: it is the run's latest evaluation.
+    before = place.with_name(f"{place.name}.start")
+    start_pair = evaluate.evaluate(built, networks[0], before, "start", 0)
+    pairs = [evaluate.evaluate(built, networks[-1], place, "rat", own.number), start_pair]
     if jax.process_index() != 0:
         return
     rows, samples = [row for row, _ in pairs], [sample for _, sample in pairs]

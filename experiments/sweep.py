@@ -178,7 +178,7 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
             train.main(configuring.config(**spec), place)
     if not all(map(_evaluated, folders, specs)):
         return None
-    records = [json.loads((_record(place)).read_text()) for place in folders]
+    records = [json.loads(_record(place).read_text()) for place in folders]
     found = []
     for cell, record in zip(cells, records, strict=True):
         # Where checks of its ladder failed there is no worst case; clean accuracy is none.

@@ -214,7 +214,7 @@ CASES = [
     wrong("no devices", "--config.parallel.devices=0", says=["parallel.devices=0", "1 to 8"]),
     wrong("images", "--config.evaluation.images=0", says=["evaluation.images=0", "[1, inf)"]),
     wrong("more images", "--config.evaluation.images=1000000",
-          says=["config.evaluation.images=1,000,000: expected at most", "the test images"]),
+          says=["config.evaluation.images=1,000,000: expected at most", "the images of"]),
     wrong("draws", "--config.evaluation.draws=0", says=["evaluation.draws=0", "[1, inf)"]),
     wrong("keep", "--config.checkpoints.keep=0", says=["checkpoints.keep=0", "[1, inf)"]),
     wrong("crop", "--config.augment.crop_padding=9", says=["augment.crop_padding=9", "[0, 8]"]),

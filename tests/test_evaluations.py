@@ -36,7 +36,7 @@ def leave(run, planned, name=None, replace=False):
     """What an evaluation does: it chooses its folder, and leaves its record there."""
     folder = evaluations.place(run, planned, "noise-3", name, replace)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps({"identity": planned.fingerprint()}))
+    (folder / "evaluation.json").write_text(json.dumps({"identity": planned.fingerprint}))
     return folder.name
 
 
@@ -53,6 +53,7 @@ ANOTHER = {
     "key": lambda: evaluation(key=jax.random.key(1)),
     "draws": lambda: evaluation(draws=2),
     "rounding": lambda: evaluation(eight_bit=True),
+    "checks": lambda: evaluation(recorded=["checks"]),
 }
 
 

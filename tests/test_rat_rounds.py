@@ -85,6 +85,7 @@ def test_it_makes_perturbations_trains_on_them_and_says_what_came_out(finished):
     assert share("round 0", "set 1") > 1.5 * share("round 0", "set 0")
     places = sorted((folder / "evaluations").iterdir())
     assert places[1].name == f"{places[0].name}.start"
+    assert commands.evaluated(folder) == places[0]
     after, before = (json.loads((place / "evaluation.json").read_text()) for place in places)
     assert set(after["attacks"]) == {"fgsm"}
     assert after["clean"]["accuracy"] > before["clean"]["accuracy"] - 0.05

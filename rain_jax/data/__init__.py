@@ -17,13 +17,23 @@ from rain_jax.data.feeds import (
     take,
 )
 from rain_jax.data.load import load
-from rain_jax.data.source import Extra, Source, Splits, first, from_arrays, pooled, resident
+from rain_jax.data.source import (
+    Extra,
+    Source,
+    Splits,
+    at_most,
+    first,
+    from_arrays,
+    pooled,
+    resident,
+)
 
 __all__ = [
     "Extra",
     "Source",
     "Splits",
     "as_float",
+    "at_most",
     "augment",
     "epoch_order",
     "evaluation_batches",

@@ -128,6 +128,15 @@ def pooled(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([images, more]), np.concatenate([labels, others])
 
 
+def at_most(where: str, count: int | None, source: Source) -> int | None:
+    """Returns `count` where a source has so many images, or is not asked for a number; raises."""
+    if count is not None and count > source.size:
+        raise UsageError(
+            f"{where}={count:,}: expected at most {source.size:,}, the images of {source.name}"
+        )
+    return count
+
+
 def first(source: Source, count: int | None) -> Source:
     """The first `count` images of a source; all of them where `count` is None or too large."""
     return limited(source, count, spaced=False)

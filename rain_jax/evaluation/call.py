@@ -138,6 +138,7 @@ def evaluate(
         folder=None if folder is None else Path(folder),
         name=asked.name if name is None else name,
         identity=None if folder is None else _identity(asked, whole_images, labels),
+        recorded=[checks],
         shown=progress,
     )
     if folder is not None and not replace:
@@ -151,9 +152,9 @@ def evaluate(
     found += _of_the_run(run)
     verdicts = None if probe is None else tuple(audit.checks(evaluation, run, probe))
     if folder is not None and jax.process_index() == 0:
-        told = record.described(evaluation, run, verdicts) | {"warnings": found}
-        told["flagged"] = bool(found) or told["flagged"]
-        record.write(Path(folder), told, run)
+        content = record.described(evaluation, run, verdicts) | {"warnings": found}
+        content["flagged"] = bool(found) or content["flagged"]
+        record.write(Path(folder), content, run)
     run.found.image = np.array(run.found.image)  # the file that it may lie in goes now
     evaluation.finish()
     for text in found:

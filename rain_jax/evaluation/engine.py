@@ -136,6 +136,8 @@ class Evaluation:
       name: what progress calls this.
       identity: JSON that tells this model's structure from others in the resume log. Its weights
         are hashed beside it.
+      recorded: JSON of what else its record is to hold, such as checks: it tells records apart, and
+        nothing in the resume log.
       surrogates: smooth stand-ins for parts of the model that some attack should go through.
       shown: whether progress is shown; None asks the environment.
     """
@@ -155,6 +157,7 @@ class Evaluation:
     folder: Path | None = None
     name: str = "model"
     identity: Any = None
+    recorded: Any = None
     surrogates: tuple[str, ...] = ()
     shown: bool | None = None
 
@@ -166,7 +169,6 @@ class Evaluation:
         self._rules = Rules(self.threat, self.draws, self.eight_bit)
         self._weights = digest_of(self.model.variables)
         self._variables = self.devices.replicate(self.model.variables)
-        self._journal = Journal(self.folder)
         count = min(SHOWN, source.size)
         self._images = np.zeros((count, *source.shape), np.float32)
         self._predicted = np.zeros(count, np.int32)
@@ -206,11 +208,12 @@ class Evaluation:
             self._worst, shown, adversarial, prediction,
         )  # fmt: skip
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of what is evaluated, how, by which code and on what kind of device.
 
-        Two evaluations of one fingerprint have the same verdicts but for rounding: batch sizes and
-        the number of devices are no part of it.
+        Two evaluations of one fingerprint have the same verdicts but for rounding, and records of
+        the same parts: batch sizes and the number of devices do not enter.
         """
         columns = [
             [title, column.settings, _plain(column.threat)]
@@ -221,8 +224,12 @@ class Evaluation:
             **circumstances(), "columns": columns, "threat": _plain(self.threat),
             "model": self.identity, "weights": self._weights, "data": sample_of(self.source),
             "key": np.asarray(jax.random.key_data(self.key)).tolist(), "cascade": self.cascade,
-            "draws": self.draws, "eight_bit": self.eight_bit,
+            "draws": self.draws, "eight_bit": self.eight_bit, "recorded": self.recorded,
         })  # fmt: skip
+
+    @property
+    def _journal(self) -> Journal:
+        return Journal(self.folder)
 
     def finish(self) -> None:
         """Forgets what was kept for a restart."""

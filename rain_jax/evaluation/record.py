@@ -45,7 +45,7 @@ def identity_in(folder: Path) -> str | None:
 
 def refuse_another(folder: Path, evaluation: Evaluation, remedy: str) -> None:
     """Raises `UsageError` where the folder holds the record of another evaluation."""
-    if identity_in(folder) not in (None, evaluation.fingerprint()):
+    if identity_in(folder) not in (None, evaluation.fingerprint):
         raise UsageError(f"{folder} holds the record of another evaluation: {remedy}")
 
 
@@ -109,7 +109,7 @@ def described(
     checks = None if checks is None else list(checks)
     return {
         "model": evaluation.name,
-        "identity": evaluation.fingerprint(),
+        "identity": evaluation.fingerprint,
         "images": len(clean.judgement.index),
         "data": evaluation.source.name,
         "data_hash": measured.digest,
