@@ -29,7 +29,7 @@ from experiments.measure import evaluation_of
 from experiments.model_info import model_info
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
-from rain_jax.evaluation import audit, record
+from rain_jax.evaluation import audit, probe, record
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
 from rain_jax.types import PyTree
@@ -68,18 +68,18 @@ def evaluate_planned(
         if look.through is not None and look.through.startswith(RUN):
             # Its turn may come after hours.
             workdir.read_config(Path(look.through.removeprefix(RUN)))
-    probe = None
+    seen = None
     if experiment.ladder is not None:
         # It has checks of its own, but those look at numbers, and not at how they came about.
         sanity.refuse_mistakes(experiment.network, planned)
     elif settings.checks:
         with Progress(f"{name}: checks", 1, unit="set") as bar:
             sanity.refuse_mistakes(experiment.network, planned)
-            probe = audit.look(planned)
+            seen = probe.look(planned)
             bar.advance(1)
     measured = planned()
     proven = proven_of(experiment, planned, measured)
-    checks = None if probe is None else audit.checks(planned, measured, probe)
+    checks = None if seen is None else audit.checks(planned, measured, seen)
     if jax.process_index() == 0:
         content = described(experiment, planned, measured, step, checks)
         if proven is not None:

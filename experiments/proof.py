@@ -11,7 +11,8 @@ import numpy as np
 from experiments.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
 from rain_jax import attacks, data, evaluation
 from rain_jax.evaluation import Evaluation
-from rain_jax.evaluation.audit import LEFT, SILENT, Check, Slopes, above, slopes
+from rain_jax.evaluation.audit import LEFT, SILENT, Check, above
+from rain_jax.evaluation.probe import Slopes, slopes
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import image_keys, round_up

@@ -8,7 +8,7 @@ import numpy as np
 
 from rain_jax.adapters import of_network
 from rain_jax.checks import UsageError
-from rain_jax.evaluation import Evaluation, audit
+from rain_jax.evaluation import Evaluation, probe
 from rain_jax.types import Network, PyTree
 
 # Changes of most images' logits with their batch, relative to how logits spread. Rounding in
@@ -17,7 +17,7 @@ _BATCHED = 0.05
 
 
 def refuse(network: Network, variables: PyTree, images: Any) -> None:
-    """What `audit.refuse` does, and a network that couples the images of a batch.
+    """What `probe.refuse` does, and a network that couples the images of a batch.
 
     `images` are a few, float32 [N, H, W, C] in [0, 1]; of a single one it cannot be told whether
     others in its batch matter to it.
@@ -28,7 +28,7 @@ def refuse(network: Network, variables: PyTree, images: Any) -> None:
     # law for each image whatever its neighbours, and only its draw is another.
     draws = jax.random.split(jax.random.key(0))
     keys = jnp.broadcast_to(draws[:, None], (2, len(images)))
-    alone = audit.refuse(model._replace(random=network.random), keys, images)
+    alone = probe.refuse(model._replace(random=network.random), keys, images)
     all_ = jax.jit(lambda v, keys, x: network.apply(v, x, train=False, keys=keys)[0])
     together = np.asarray(all_(variables, keys[0], images))
     apart = float(np.median(np.max(np.abs(alone - together), axis=1)))
@@ -42,4 +42,4 @@ def refuse(network: Network, variables: PyTree, images: Any) -> None:
 def refuse_mistakes(network: Network, evaluation: Evaluation) -> None:
     """Asks the deployed model about a few test images, and refuses what `refuse` does."""
     variables = jax.device_put(jax.tree.map(np.asarray, evaluation.model.variables))
-    refuse(network, variables, audit.few_of(evaluation))
+    refuse(network, variables, probe.few_of(evaluation))

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import build, configuring, steps, train
 from rain_jax import training
-from rain_jax.evaluation import audit
+from rain_jax.evaluation import probe
 from rain_jax.parallel import choose_devices, place
 
 PROMISED = {"config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluations"}
@@ -155,8 +155,8 @@ def hurried(section):
 @pytest.mark.parametrize("path", commands.CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path, monkeypatch):
     # What the look at a model finds is another test's (tests/test_sanity.py): here it is brief.
-    monkeypatch.setattr(audit, "_STEPS", 2)
-    monkeypatch.setattr(audit, "_DRAWS", 2)
+    monkeypatch.setattr(probe, "STEPS", 2)
+    monkeypatch.setattr(probe, "_DRAWS", 2)
     spec = configuring.plain(runpy.run_path(str(path))["get_config"]())
     thin = []
     if spec["network"]["name"] == "preact_resnet18":

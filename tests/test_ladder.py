@@ -29,7 +29,7 @@ from experiments import (
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
 from rain_jax.defences.tables import Statistics
-from rain_jax.evaluation import audit, resume
+from rain_jax.evaluation import audit, probe, resume
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import choose_devices, image_keys, place
@@ -491,7 +491,7 @@ GOOD = dict(
     accuracy={"clean": 0.9, "noise": 0.9, "transfer": 0.7, "pgd": 0.3, "square": 0.5, "far": 0.0},
     margins={"clean": -3.0, "pgd": 1.0, "far": 5.0},
     images=1000,
-    seen=audit.Slopes(np.ones(100), np.full(100, 0.8)),
+    seen=probe.Slopes(np.ones(100), np.full(100, 0.8)),
     lines=[dict(draws=1, steps=10, accuracy=0.5), dict(draws=2, steps=20, accuracy=0.4)],
 )
 
@@ -511,7 +511,7 @@ def test_every_check_passes_where_attacks_work_and_fails_where_they_do_not():
     lengths = np.r_[np.zeros(2), np.ones(98)]
     for silent in (0.0, np.inf, np.nan):
         lengths[:2] = silent
-        assert failing(seen=audit.Slopes(lengths, np.ones(100))) == ["images have gradients"]
+        assert failing(seen=probe.Slopes(lengths, np.ones(100))) == ["images have gradients"]
     weaker = [*GOOD["lines"], dict(draws=4, steps=20, accuracy=0.6)]
     assert failing(lines=weaker) == ["more draws or steps do not weaken the attack"]
     # Within what so many images can tell apart.
@@ -536,7 +536,7 @@ def test_slopes_are_those_of_the_margin(random):
     images = np.random.default_rng(1).uniform(size=(4, 2, 1, 1)).astype(np.float32)
     batch = Batch(images, np.zeros(4, np.int32), np.arange(4), np.ones(4, bool))
     estimator = eot(3) if random else exact()
-    found = jax.jit(partial(audit.slopes, estimator, logits_fn))(jax.random.key(0), batch)
+    found = jax.jit(partial(probe.slopes, estimator, logits_fn))(jax.random.key(0), batch)
     if not random:
         np.testing.assert_allclose(found.length, np.sqrt(5.0), rtol=1e-5)
         np.testing.assert_allclose(found.cosine, 1.0, rtol=1e-5)
@@ -605,7 +605,7 @@ def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
 def test_images_from_elsewhere_that_do_better_than_gradients_void_the_number():
     accuracy = {"clean": 0.9, "pgd": 0.7, "noise": 0.85, "far": 0.0, "elsewhere": 0.1}
     margins = {"clean": -1.0, "pgd": -0.5}
-    seen = audit.Slopes(np.ones(64), np.ones(64))
+    seen = probe.Slopes(np.ones(64), np.ones(64))
     found = {c.name: c.passed for c in proof.checks(accuracy, margins, 64, seen)}
     assert not found["elsewhere is no better than white-box"]
     accuracy["elsewhere"] = 0.8

@@ -14,7 +14,7 @@ from scipy import stats
 from experiments import build, configuring, evaluate, measure, report, sanity
 from rain_jax import attacks
 from rain_jax.checks import UsageError
-from rain_jax.evaluation import audit
+from rain_jax.evaluation import audit, probe
 from rain_jax.evaluation.resume import FOLDER
 from rain_jax.types import Network
 
@@ -109,7 +109,7 @@ def failing(checks):
 
 
 def of_the_model(experiment):
-    found = audit.of_the_model(audit.look(planned(experiment)))
+    found = audit.of_the_model(probe.look(planned(experiment)))
     return failing(check._asdict() for check in found)
 
 
@@ -454,7 +454,7 @@ def test_a_radius_of_levels_in_other_norms_is_flagged(experiment_of, norm, radiu
 )
 def test_far_is_where_every_image_can_be_made_grey(experiment_of, norm, radius, radii):
     threat = experiment_of(None, ("threat.norm", norm), ("threat.radius", radius)).threat
-    found = audit._radii(threat, (8, 8, 1))
+    found = probe._radii(threat, (8, 8, 1))
     assert found == pytest.approx(radii)
     grey = np.full((8, 8, 1), 0.5, np.float32)
     assert threat.norm.measure(grey) <= found[-1] * (1 + 1e-6)
@@ -518,8 +518,8 @@ def test_what_is_seen_does_not_turn_on_the_batches(experiment_of):
     seen = []
     for size in (64, 33):
         calls.clear()
-        probe = audit.look(planned(experiment_of(counted, ("evaluation.batch_size", size))))
-        seen.append((probe, len(calls)))
+        seen_now = probe.look(planned(experiment_of(counted, ("evaluation.batch_size", size))))
+        seen.append((seen_now, len(calls)))
     (whole, traced), (parts, again) = seen
     assert traced == again
     assert whole.slopes.length.shape == (80,)

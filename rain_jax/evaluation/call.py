@@ -18,7 +18,7 @@ from rain_jax.adapters import as_model
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, whole, within
 from rain_jax.data import as_float, from_arrays
-from rain_jax.evaluation import audit, record
+from rain_jax.evaluation import audit, probe, record
 from rain_jax.evaluation.columns import AttackColumn, EvaluationRun
 from rain_jax.evaluation.engine import Evaluation
 from rain_jax.evaluation.result import Result
@@ -143,14 +143,14 @@ def evaluate(
     )
     if folder is not None and not replace:
         record.refuse_another(Path(folder), evaluation, "name another folder, or give replace=True")
-    probe = None
+    seen = None
     if checks:
         with Progress(f"{evaluation.name}: checks", 1, unit="set", shown=progress) as bar:
-            probe = audit.look(evaluation)
+            seen = probe.look(evaluation)
             bar.advance(1)
     run = evaluation()
     found += _of_the_run(run)
-    verdicts = None if probe is None else tuple(audit.checks(evaluation, run, probe))
+    verdicts = None if seen is None else tuple(audit.checks(evaluation, run, seen))
     if folder is not None and jax.process_index() == 0:
         content = record.described(evaluation, run, verdicts) | {"warnings": found}
         content["flagged"] = bool(found) or content["flagged"]

@@ -88,7 +88,7 @@ def sample_of(source: Source) -> list[Any]:
 # Parts of the library that no result of an evaluation depends on.
 _UNRELATED = (
     "checkpoints", "logs.py", "methods", "optimisers.py", "schedules.py", "training.py",
-    "evaluation/audit.py", "evaluation/record.py", "evaluation/result.py",
+    "evaluation/audit.py", "evaluation/probe.py", "evaluation/record.py", "evaluation/result.py",
 )  # fmt: skip
 
 
