@@ -208,28 +208,23 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Validator 
     looks, source = experiment.validation, experiment.splits.valid
     if looks is None or source is None:
         return None
-    batch_size = round_up(looks.batch_size, devices.size)
-    attack = experiment.validation_attack
-    programs = evaluation.evaluator(
-        logits_fn_of(experiment.network),
-        evaluation.Rules(experiment.threat),
-        {} if attack is None else {"attack": attack},
-        devices,
-    )
+    attack, of = experiment.validation_attack, logits_fn_of(experiment.network)
+    size = round_up(looks.batch_size, devices.size)
+    judge = evaluation.judging(of, evaluation.Rules(experiment.threat), devices, batch_size=size)
+    drives: dict[str, evaluation.Drive] = {"clean": lambda *given: evaluation.as_they_are(given[2])}
+    if attack is not None:
+        drives["robust"] = evaluation.packed(attack, of, devices, batch_size=size)
 
     def validate(state: training.TrainState, key: Key, log: MetricsLog, step: int) -> float:
         variables = training.variables_of(training.model_of(state))
-        results = {}
-        for name in [None, *programs.attacks]:
-            batches = data.evaluation_batches(source, batch_size)
-            judged = evaluation.run(programs, name, variables, key, batches)
-            results[name] = evaluation.join([judgement for judgement, _ in judged])
-        clean = results.pop(None)
-        stands = evaluation.worst_case(clean, results.values())
-        robust = evaluation.proportion(stands).value
-        right = evaluation.proportion(clean.right).value
-        log.write(step, "validation", clean=right, **({} if attack is None else {"robust": robust}))
-        return robust
+        found = evaluation.cascade(
+            drives, judge, variables, key,
+            lambda wanted: data.evaluation_batches(source, size, np.flatnonzero(wanted)),
+            source.size,
+        )  # fmt: skip
+        accuracies = {name: float(np.mean(correct)) for name, correct in found.items()}
+        log.write(step, "validation", **accuracies)
+        return accuracies.get("robust", accuracies["clean"])
 
     return validate
 

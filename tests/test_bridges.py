@@ -245,14 +245,11 @@ def test_devices_take_turns():
     attack = attacks.pgd(LINF, steps=2)
     verdicts = []
     for f in (from_torch(theirs()), ours):
-        programs = evaluation.evaluator(
-            lambda _, f=f: f, evaluation.Rules(LINF), {"pgd": attack}, devices
-        )
-        judged = evaluation.run(
-            programs, "pgd", devices.replicate({}),
-            devices.replicate(jax.random.key(0)), [batch],
-        )  # fmt: skip
-        verdicts.append(evaluation.join([judgement for judgement, _ in judged]))
+        of = lambda _, f=f: f
+        drive = evaluation.packed(attack, of, devices, batch_size=16, early=False)
+        judge = evaluation.judging(of, evaluation.Rules(LINF), devices, batch_size=16)
+        found = evaluation.attack_and_judge(drive, judge, ({}, {}), jax.random.key(0), [batch])
+        verdicts.append(evaluation.join([some.judgement for some in found]))
     np.testing.assert_allclose(verdicts[0].margin, verdicts[1].margin, atol=1e-3)
 
 

@@ -15,9 +15,10 @@ from experiments.defended import logits_fn_of
 from experiments.scaling_counts import hlo, sending, working
 from rain_jax import evaluation
 from rain_jax.checks import UsageError
+from rain_jax.data import as_float
 from rain_jax.models.conv import by_lax
-from rain_jax.parallel import Devices, check_batch_size, place
-from rain_jax.types import Array, Batch, Key, PyTree
+from rain_jax.parallel import Devices, check_batch_size, image_keys, place
+from rain_jax.types import Array, AxisName, Batch, Key, PyTree
 
 # Simulated devices need no code that is fast: it is not run.
 _HASTE = {"cpu": {"xla_backend_optimization_level": 0}, "tpu": {}}
@@ -142,21 +143,37 @@ def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Count
 
 
 def evaluations(experiment: build.Experiment, devices: Sequence[Any]) -> dict[str, Counts]:
-    """Programs that judge clean images, and that attack and judge, for each column of a run."""
+    """Programs that judge clean images, and that attack and judge, for each column of a run.
+
+    Each takes its images through the whole attack at once, where an evaluation goes step by step
+    and lets images leave: what is counted is the most that an image can cost.
+    """
     there = _lowering(place("shard_map", devices))
-    attacks: dict[str, Any] = {name: look.attack for name, look in experiment.looks.items()}
     rules = evaluation.Rules(experiment.threat, experiment.evaluation.draws or 1)
-    made = evaluation.evaluator(logits_fn_of(experiment.network), rules, attacks, there)
+    of = logits_fn_of(experiment.network)
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     variables = jax.eval_shape(experiment.network.init, key, images)
     dtype = experiment.splits.test.read(0)[0].dtype
     size = len(devices) * -(-experiment.evaluation.batch_size // len(devices))
     batch = _batch(size, experiment.splits.test.shape, dtype)
-    return {
-        name: _compiled(partial(program, variables, key, batch), devices)
-        for name, program in {"clean": made.clean, **made.attacks}.items()
-    }
+
+    def lowered(attack: Any) -> Any:
+        def one(variables: PyTree, key: Key, clean: Array, label: Array) -> Any:
+            attack_key, judge_key = evaluation.split_for_judge(key)
+            logits_fn = of(variables)
+            found = clean if attack is None else attack(attack_key, logits_fn, clean, label)
+            return evaluation.judge(logits_fn, rules, judge_key, clean, found, label)
+
+        def body(variables: PyTree, key: Key, batch: Batch, axis_name: AxisName = None) -> Any:
+            keys, clean = image_keys(key, batch.index), as_float(batch.image)
+            return jax.vmap(partial(one, variables))(keys, clean, batch.label)
+
+        program = there.map(body, inputs=(False, False, True), outputs=True)
+        return program(variables, key, batch)
+
+    attacks = {"clean": None, **{name: look.attack for name, look in experiment.looks.items()}}
+    return {name: _compiled(partial(lowered, attack), devices) for name, attack in attacks.items()}
 
 
 def _batch(size: int, shape: tuple[int, ...], dtype: Any) -> Batch:

@@ -29,9 +29,8 @@ from rain_jax.evaluation.engine import (
     key_of,
     logits_fn_of,
 )
-from rain_jax.evaluation.packing import as_iteration, packed, packed_lanes, passes
+from rain_jax.evaluation.packing import Drive, as_iteration, packed, packed_lanes, passes
 from rain_jax.evaluation.verdicts import (
-    Evaluator,
     Found,
     Judgement,
     Lanes,
@@ -40,11 +39,10 @@ from rain_jax.evaluation.verdicts import (
     Rules,
     Verdicts,
     as_they_are,
-    evaluator,
     judge,
     judging,
     judging_lanes,
-    run,
+    split_for_judge,
 )
 from rain_jax.remembered import forget
 
@@ -53,9 +51,9 @@ __all__ = [
     "AttackColumn",
     "ColumnResult",
     "Cost",
+    "Drive",
     "Evaluation",
     "EvaluationRun",
-    "Evaluator",
     "Found",
     "Judgement",
     "Lanes",
@@ -71,7 +69,6 @@ __all__ = [
     "cascade",
     "cost",
     "curve",
-    "evaluator",
     "forget",
     "in_some_draw",
     "join",
@@ -85,9 +82,9 @@ __all__ = [
     "packed_lanes",
     "passes",
     "proportion",
-    "run",
     "shares",
     "smoothing",
+    "split_for_judge",
     "standing",
     "worst_case",
 ]

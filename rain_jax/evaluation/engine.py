@@ -74,10 +74,10 @@ def cascade(
     batches: Callable[[np.ndarray], Iterable[Any]],
     count: int,
 ) -> dict[str, np.ndarray]:
-    """Which of `count` images are correct after each of some attacks, for benchmarks.
+    """Which of `count` images are correct after each of some attacks, without a record.
 
     bool [N] by name. Each gets those that were correct before it: `batches(wanted)` are the images,
-    valid where `wanted` [N] is true.
+    valid where `wanted` [N] is true. Benchmarks ask this, and training of its held-out images.
     """
     left = np.ones(count, bool)
     found: dict[str, np.ndarray] = {}

@@ -66,7 +66,8 @@ def packed(
     `early` an image leaves as soon as its score is positive: right at a fixed radius, wrong where
     the nearest image or the worst mean over draws is wanted. Where images are rounded before they
     are judged, which may undo what has just been enough, `early` is their judging: whoever is about
-    to leave stays if he stands. Images get the keys that `evaluator` gives them.
+    to leave stays if he stands. An image's key is the
+    root's with its place in the data set folded in.
     """
     run = as_iteration(attack)
 

@@ -21,7 +21,6 @@ from rain_jax.norms import allowed
 from rain_jax.parallel import Devices, image_keys, round_up, rows_of_process
 from rain_jax.types import (
     Array,
-    Attack,
     AxisName,
     Batch,
     Image,
@@ -152,51 +151,6 @@ def rounded(threat: Threat, clean: Image, candidate: Image) -> Image:
     return jnp.where(allowed(threat, clean, near, slack), near, inward / 255.0)
 
 
-class Evaluator(NamedTuple):
-    """Programs that attack and judge batches on all devices; made once, run on any batch."""
-
-    clean: Callable[..., tuple[Judgement, Array]]
-    attacks: dict[str, Callable[..., tuple[Judgement, Array]]]
-    settle: "Settle"
-    devices: Devices
-
-
-def evaluator(
-    logits_fn_of: LogitsFnOf, rules: Rules, attacks: dict[str, Attack], devices: Devices
-) -> Evaluator:
-    """Compiles lazily, one program for each attack: `(variables, key, batch) -> judgement, images`.
-
-    Every image goes through the whole attack, broken or not: for looks at a model while it trains.
-    `logits_fn_of(variables)` is the model; variables are data, so that one program serves every
-    checkpoint. `run` runs them.
-    """
-    whole("draws", rules.draws, 1)
-
-    def model_of(variables: Variables, values: PyTree) -> LogitsFn:
-        return logits_fn_of(variables)
-
-    judging_of = _Judging(model_of, lambda values: rules, devices)
-
-    def program(attack: Attack | None) -> Callable[..., tuple[Judgement, Array]]:
-        def body(
-            variables: Variables, key: Key, batch: Batch, axis_name: AxisName = None
-        ) -> tuple[Judgement, Array]:
-            logits_fn = logits_fn_of(variables)
-
-            def one(key: Key, image: Image, label: Target) -> Image:
-                attack_key, _ = split_for_judge(key)
-                return image if attack is None else attack(attack_key, logits_fn, image, label)
-
-            keys = image_keys(key, batch.index)
-            found = jax.vmap(one)(keys, as_float(batch.image), batch.label)
-            return judging_of.body(variables, key, batch, found)
-
-        return devices.map(body, inputs=(False, False, True), outputs=(True, True))
-
-    programs = {name: program(attack) for name, attack in attacks.items()}
-    return Evaluator(program(None), programs, judging_of.settle, devices)
-
-
 def split_for_judge(key: Key) -> tuple[Key, Key]:
     """(attack's key, judge's key) of one image.
 
@@ -217,7 +171,6 @@ class Verdicts(NamedTuple):
     values: PyTree = ()  # of `Lanes`
 
 
-Settle = Callable[..., tuple[Judgement, np.ndarray]]
 Judging = Callable[[Variables, Key, Iterable[Found]], Iterator[Verdicts]]
 
 
@@ -364,34 +317,3 @@ def _regrouped(found: Iterable[Found], size: int) -> Iterator[Found]:
             waiting = jax.tree.map(lambda leaf: leaf[size:], waiting)
     if waiting is not None and len(waiting.steps):
         yield waiting
-
-
-def run(
-    programs: Evaluator,
-    attack: str | None,
-    variables: Variables,
-    key: Key,
-    batches: Iterable[Batch],
-) -> Iterator[tuple[Judgement, np.ndarray]]:
-    """Judgements and images of every batch under an attack, or as they are where it is None.
-
-    Padding is taken off; NumPy arrays of all processes. Results are fetched one batch late, so the
-    devices work while the host counts.
-    """
-    devices = programs.devices
-    program = programs.clean if attack is None else programs.attacks[attack]
-    waiting: tuple[tuple[Judgement, Array], Batch] | None = None
-
-    def fetch(results: tuple[Judgement, Array], batch: Batch) -> tuple[Judgement, np.ndarray]:
-        valid = np.asarray(batch.valid)
-        judgement, images = jax.tree.map(lambda leaf: leaf[valid], devices.gather(results))
-        mine = jax.tree.map(lambda leaf: np.asarray(leaf)[valid], batch)
-        return programs.settle(variables, key, mine, images, judgement, images)
-
-    for batch in batches:
-        results = program(variables, key, devices.split(rows_of_process(batch)))
-        if waiting is not None:
-            yield fetch(*waiting)
-        waiting = results, batch
-    if waiting is not None:
-        yield fetch(*waiting)

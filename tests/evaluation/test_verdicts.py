@@ -58,12 +58,19 @@ def variables(digits):
 def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None):
     attack = attacks.pgd(THREAT, steps=4, restarts=2) if attack is None else attack
     devices = place(mapping, choose_devices(count))
-    programs = evaluation.evaluator(
-        defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
-    )
     batches = data.evaluation_batches(source, round_up(size, count))
-    results = evaluation.run(programs, "pgd", devices.replicate(variables), ROOT, batches)
-    return evaluation.join([judgement for judgement, _ in results])
+    return attacked(
+        defended.logits_fn_of(NETWORK), THREAT, attack, devices, size, variables, ROOT, batches
+    )
+
+
+def attacked(of, threat, attack, devices, size, variables, key, batches):
+    """The judgement on what an attack finds; no image leaves it early."""
+    drive = evaluation.packed(attack, of, devices, batch_size=size, early=False)
+    judge = evaluation.judging(of, Rules(threat), devices, batch_size=size)
+    both = (devices.replicate(variables),) * 2
+    found = evaluation.attack_and_judge(drive, judge, both, key, batches)
+    return evaluation.join([some.judgement for some in found])
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +110,10 @@ def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference
     batch = Batch(image[order], label[order], order.astype(np.int32), np.ones(16, bool))
     devices = place("shard_map", choose_devices(1))
     attack = attacks.pgd(THREAT, steps=4, restarts=2)
-    programs = evaluation.evaluator(
-        defended.logits_fn_of(NETWORK), Rules(THREAT), {"pgd": attack}, devices
-    )
-    placed = devices.replicate(variables)
-    ((found, _),) = evaluation.run(programs, "pgd", placed, ROOT, [batch])
-    np.testing.assert_array_equal(found.index, order)
-    np.testing.assert_array_equal(found.right, reference.right[order])
+    of = defended.logits_fn_of(NETWORK)
+    found = attacked(of, THREAT, attack, devices, 16, variables, ROOT, [batch])
+    np.testing.assert_array_equal(found.index, np.sort(order))
+    np.testing.assert_array_equal(found.right, reference.right[np.sort(order)])
 
 
 @pytest.mark.parametrize(("size", "count", "batch"), [(50, 8, 56), (16, 8, 16), (1, 8, 8)])
@@ -274,14 +278,11 @@ def test_the_judge_draws_keys_that_the_attack_does_not_know():
     )
 
     devices = place("shard_map")
-    programs = evaluation.evaluator(lambda _: logits_fn, Rules(wide), {"spy": attack}, devices)
     batch = Batch(
         np.tile(BLANK, (16, 1, 1, 1)), np.zeros(16, np.int32), np.arange(16, dtype=np.int32),
         np.ones(16, bool),
     )  # fmt: skip
-    ((found, _),) = evaluation.run(
-        programs, "spy", devices.replicate({}), devices.replicate(key), [batch]
-    )
+    found = attacked(lambda _: logits_fn, wide, attack, devices, 16, {}, key, [batch])
     assert np.all(found.allowed)
     assert np.all(found.right)
 
