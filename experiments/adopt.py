@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from experiments import build, cache, loading, start, workdir
 from experiments.cli import run
-from experiments.running import items_of, no_sums
-from experiments.steps import keys_of, plan_of
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.config import build
 from rain_jax.parallel import initialise
+from rain_jax.runs import cache, initial_weights, loading, workdir
+from rain_jax.runs.session import items_of, no_sums
+from rain_jax.runs.step_programs import keys_of, plan_of
 
 
 def adopt(experiment: build.Experiment, folder: Path) -> None:
@@ -32,7 +33,7 @@ def adopt(experiment: build.Experiment, folder: Path) -> None:
     devices = experiment.parallel.placed(training=True)
     images = jnp.zeros((1, *experiment.splits.train.shape), jnp.float32)
     drawn = jax.jit(experiment.network.init)(keys_of(experiment.seed).init, images)
-    variables = start.begun(experiment, drawn, devices)
+    variables = initial_weights.begun(experiment, drawn, devices)
     loading.check_finite(variables, str(given))
     method = experiment.method(plan_of(experiment))
     state = devices.replicate(jax.jit(method.init)(variables))

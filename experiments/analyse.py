@@ -14,14 +14,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
-from experiments.defended import logits_fn_of
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.defences import tables
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise, round_up
+from rain_jax.runs import cache, evaluating, loading, workdir
 from rain_jax.types import AxisName, Batch, Key, PyTree
 
 # Training images, at most: their blocks are many, and steps of tables are whole numbers.
@@ -42,7 +43,7 @@ def analyse(experiment: build.Experiment, variables: PyTree) -> tables.Statistic
         return tables.moments(key, of(variables), attack, batch, axis_name)
 
     program = devices.map(body, inputs=(False, False, True), outputs=False)
-    placed, key = devices.replicate((variables, measure.evaluation_key(experiment.seed)))
+    placed, key = devices.replicate((variables, evaluating.evaluation_key(experiment.seed)))
     source = data.first(experiment.splits.train, min(IMAGES, experiment.splits.train.size))
     size = round_up(experiment.evaluation.batch_size, devices.size)
 
@@ -89,7 +90,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
         raise UsageError("config.defence: expected None: the statistics are of a bare classifier")
     workdir.check_writable(folder)
     with workdir.held(folder):
-        variables, _ = loading.load(experiment, folder)
+        variables, _ = loading.restore(experiment, folder)
         found = analyse(experiment, variables)
         if jax.process_index() == 0:
             np.savez(folder / "statistics.npz", **found._asdict())

@@ -30,15 +30,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import workdir
 from experiments.benching import attacking, convolutions, first, images, machine, show, training
 from experiments.benching.clock import Once, Peaks, Row, cpus, measure
 from experiments.cli import run
-from experiments.configuring import plain
-from experiments.schema import call, convert, filled
 from rain_jax.checks import UsageError, nearest, one_of, within
+from rain_jax.config.schema import call, convert, filled
+from rain_jax.config.tree import plain
 from rain_jax.logs import provenance, table, write_json
 from rain_jax.parallel import initialise
+from rain_jax.runs import workdir
 
 # "peak" comes before all others and always runs, since their lines tell a fraction of it.
 SUITES: dict[str, Callable[..., Sequence[Row | Once]]] = {

@@ -21,21 +21,22 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, configuring, workdir
 from experiments.cli import run
-from experiments.defended import UNDEFENDED, logits_fn_of
 from experiments.lines import append, read
-from experiments.loading import check_finite, load
-from experiments.measure import key_of
 from experiments.report import percent
-from experiments.schema import call, filled
 from rain_jax import data, evaluation
 from rain_jax.checks import UsageError, nearest, within
+from rain_jax.config import build, tree
+from rain_jax.config.networks import UNDEFENDED, logits_fn_of
+from rain_jax.config.schema import call, filled
 from rain_jax.data.source import subset
 from rain_jax.evaluation import smoothing
 from rain_jax.evaluation.resume import digest_of, sample_of
 from rain_jax.logs import Progress, provenance, table, write_json
 from rain_jax.parallel import initialise, round_up
+from rain_jax.runs import cache, workdir
+from rain_jax.runs.evaluating import key_of
+from rain_jax.runs.loading import check_finite, restore
 from rain_jax.types import PyTree
 
 
@@ -91,7 +92,7 @@ class Counts(NamedTuple):
 
 def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
     """The run's config and our own keys, with some values replaced."""
-    whole = configuring.plain(config_)
+    whole = tree.plain(config_)
     own = {key: whole.pop(key) for key in OWN if key in whole}
     own |= {key: value for key, value in changes if key in OWN}
     rest = [(key, value) for key, value in changes if key not in OWN]
@@ -101,7 +102,7 @@ def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.
                 f"config.{key}: no such key: expected one of {', '.join(OWN)}, or a section of the "
                 f"run's config{nearest(key, OWN)}"
             )
-    run = configuring.plain(configuring.changed(whole, rest))
+    run = tree.plain(tree.changed(whole, rest))
     return ml_collections.ConfigDict({**run, **filled(Certification, own)}, type_safe=False)
 
 
@@ -288,7 +289,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Certifies the run in `folder`."""
     cache.enable()
     initialise()
-    spec = configuring.plain(config)
+    spec = tree.plain(config)
     asked = call("config", Certification, {key: spec.pop(key) for key in OWN if key in spec})
     experiment = build.experiment(spec)
     asked, through = completed(asked, experiment)
@@ -300,7 +301,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
 def _certify(
     asked: Certification, through: str | None, experiment: build.Experiment, folder: Path
 ) -> None:
-    variables, step = load(experiment, folder)
+    variables, step = restore(experiment, folder)
     check_finite(variables, f"{folder} at step {step}")
     told, path = identity(asked, experiment, variables, step), folder / "certify.jsonl"
     done = begun(path, told)

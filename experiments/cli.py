@@ -19,8 +19,9 @@ import ml_collections
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from experiments import configuring, memory
+from experiments import memory
 from rain_jax.checks import UsageError, nearest
+from rain_jax.config import tree
 from rain_jax.evaluation.room import exhausted
 from rain_jax.keys import unroll_threefry
 from rain_jax.training import Diverged
@@ -183,9 +184,9 @@ def load_config(given: str) -> dict[str, Any]:
     if not isinstance(config, dict | ml_collections.ConfigDict):
         raise UsageError(
             f"{path}: get_config() returned {config!r:.60}: expected what "
-            "experiments.configuring.config(...) returns"
+            "rain_jax.config.config(...) returns"
         )
-    return configuring.plain(config)
+    return tree.plain(config)
 
 
 def _one_line(error: BaseException) -> str:
@@ -199,7 +200,7 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     options: Sequence[Option] = (),
-    changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = configuring.changed,
+    changed: Callable[[Any, Sequence[tuple[str, Any]]], Any] = tree.changed,
 ) -> None:
     """Parses the command line, calls `main(config, workdir)` and exits with its status.
 

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import cache
 from experiments.comparing.bridges import bridges
 from experiments.comparing.draws import random_model
 from experiments.comparing.speed import speed
@@ -29,6 +28,7 @@ from rain_jax.checks import UsageError, one_of, within
 from rain_jax.evaluation.resume import digest_of
 from rain_jax.logs import provenance, table, write_json
 from rain_jax.parallel import initialise
+from rain_jax.runs import cache
 
 
 def main(argv: list[str] | None = None) -> None:

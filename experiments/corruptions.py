@@ -24,17 +24,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, configuring, loading, workdir
 from experiments import corruption_scores as scores
 from experiments.cli import run
-from experiments.corrupted import batch_of, cell_key, constants_of, frost_of, root_key
 from experiments.corruption_images import published_sources
 from experiments.corruption_scores import CLEAN, Cell
-from experiments.defended import logits_fn_of
 from experiments.lines import append, read
-from experiments.schema import call, filled
 from rain_jax import data, evaluation
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.config import build, tree
+from rain_jax.config.corrupted import batch_of, cell_key, constants_of, frost_of, root_key
+from rain_jax.config.networks import logits_fn_of
+from rain_jax.config.schema import call, filled
 from rain_jax.evaluation.resume import code, digest, digest_of, sample_of
 from rain_jax.image.corruptions import (
     FAMILIES,
@@ -49,6 +49,7 @@ from rain_jax.parallel import (
     round_up,
     rows_of_process,
 )
+from rain_jax.runs import cache, loading, workdir
 from rain_jax.types import Array, AxisName, Batch, Key, Variables
 
 # Of the judge's key; those of families are checksums of their names.
@@ -132,7 +133,7 @@ class Corruptions:
 
 def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
     """A complete config with some values replaced, checked."""
-    spec = {**configuring.plain(config), **dict(changes)}
+    spec = {**tree.plain(config), **dict(changes)}
     call("config", Corruptions, spec)
     return ml_collections.ConfigDict(filled(Corruptions, spec), type_safe=False)
 
@@ -153,9 +154,9 @@ def model_of(folder: Path, devices: Devices) -> Model:
     The judge's draws depend on the image, and neither on the corruption nor on the batch.
     """
     # The images as they are: what its own evaluation does to them is not this study's.
-    plain = configuring.changed(workdir.read_config(folder), [("evaluation.corruption", None)])
+    plain = tree.changed(workdir.read_config(folder), [("evaluation.corruption", None)])
     experiment = build.experiment(plain)
-    variables, step = loading.load(experiment, folder)
+    variables, step = loading.restore(experiment, folder)
     loading.check_finite(variables, f"{folder} at step {step}")
     draws = experiment.evaluation.draws or 1
     rules = evaluation.Rules(experiment.threat, draws)
@@ -331,7 +332,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     """Looks at the run in `folder`, and at others beside it."""
     cache.enable()
     initialise()
-    asked: Corruptions = call("config", Corruptions, configuring.plain(config))
+    asked: Corruptions = call("config", Corruptions, tree.plain(config))
     workdir.check_writable(folder)
     with workdir.held(folder):
         _study(asked, folder)

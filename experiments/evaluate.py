@@ -21,17 +21,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluations, proof, report, sanity, steps, workdir
+from experiments import proof, report, sanity
 from experiments.cli import NAME, REPLACE, run
-from experiments.defended import RUN
-from experiments.loading import check_finite, load
-from experiments.measure import evaluation_of
-from experiments.model_info import model_info
 from rain_jax import evaluation, norms
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.config import build
+from rain_jax.config.networks import RUN
 from rain_jax.evaluation import audit, probe, record
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
+from rain_jax.runs import cache, evaluations, step_programs, workdir
+from rain_jax.runs.evaluating import evaluation_of
+from rain_jax.runs.loading import check_finite, restore
+from rain_jax.runs.model_info import model_info
 from rain_jax.types import PyTree
 
 
@@ -64,7 +66,7 @@ def evaluate_planned(
     assert folder is not None
     check_finite(planned.model.variables, f"{folder} at step {step}")
     settings = experiment.evaluation
-    for look in experiment.looks.values():
+    for look in experiment.columns.values():
         if look.through is not None and look.through.startswith(RUN):
             # Its turn may come after hours.
             workdir.read_config(Path(look.through.removeprefix(RUN)))
@@ -136,7 +138,7 @@ def described(
     content = record.described(planned, measured, checks)
     for title, row in content["attacks"].items():
         row["settings"] = settings.attacks.get(title, settings.suite)
-        row["through"] = experiment.looks[title].through
+        row["through"] = experiment.columns[title].through
     for title, row in content["distances"].items():
         row["settings"] = settings.distances[title]
     return content | {
@@ -209,7 +211,7 @@ def _side_by_side(
     """The same, in folders that nobody else writes into."""
     pairs, plans = [], []
     for name, experiment, folder in runs:
-        variables, step = load(experiment, folder)
+        variables, step = restore(experiment, folder)
         planned = evaluation_of(experiment, variables, name)
         default = evaluations.name_of(experiment.evaluation, planned.source.size)
         planned.folder = evaluations.place(folder, planned, default, asked, replace)
@@ -245,7 +247,7 @@ def _unfinished(experiment: build.Experiment, folder: Path, step: int) -> tuple[
     """A line about a training that was stopped; none has begun where weights were adopted."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
         latest = checkpoints.latest() or 0
-    total = steps.plan_of(experiment).total
+    total = step_programs.plan_of(experiment).total
     if not 0 < latest < total:
         return ()
     return (f"training stopped at step {latest:,} of {total:,}; what is judged is step {step:,}",)

@@ -28,14 +28,15 @@ import ml_collections
 import numpy as np
 from jax.interpreters import partial_eval
 
-from experiments import build, cache, configuring, loading, workdir
 from experiments.cli import run
-from experiments.schema import call
 from rain_jax import data
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
+from rain_jax.config.schema import call
 from rain_jax.logs import provenance, write_json
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import image_keys, initialise
+from rain_jax.runs import cache, loading, workdir
 from rain_jax.types import Array, Network, Variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -216,7 +217,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     out = folder / "export" if asked.out is None else Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
     workdir.check_writable(out)
-    variables, step = loading.load(experiment, folder)
+    variables, step = loading.restore(experiment, folder)
     loading.check_finite(variables, str(folder))
     source = data.first(experiment.splits.test, min(CHECKED, experiment.splits.test.size))
     images = next(iter(data.evaluation_batches(source, source.size))).image
@@ -238,7 +239,7 @@ def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.C
     """The run's config under `run`, and what this command alone knows under `export`."""
     own = {key: value for key, value in changes if key in Export._fields}
     rest = [change for change in changes if change[0] not in own]
-    return ml_collections.ConfigDict({"export": own, "run": configuring.changed(config, rest)})
+    return ml_collections.ConfigDict({"export": own, "run": tree.changed(config, rest)})
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:

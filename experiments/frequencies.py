@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, loading, measure, workdir
 from experiments.cli import run
-from experiments.defended import UNDEFENDED, logits_fn_of
-from experiments.schema import make
 from rain_jax import data, defences, evaluation
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import UNDEFENDED, logits_fn_of
+from rain_jax.config.schema import make
 from rain_jax.defences.network import parts_of
 from rain_jax.image import band_energy, low_pass, radial_spectrum
 from rain_jax.logs import Progress, provenance, write_json
@@ -32,6 +32,7 @@ from rain_jax.parallel import (
     round_up,
     rows_of_process,
 )
+from rain_jax.runs import cache, evaluating, loading, workdir
 from rain_jax.types import Array, AxisName, Batch, Image, Key, Variables
 
 # Test images where `config.evaluation.images` does not say how many.
@@ -123,7 +124,7 @@ def look(experiment: build.Experiment, variables: Variables) -> Seen:
         return jax.vmap(one, (None, 0, 0, 0))(variables, keys, image, batch.label)
 
     program = devices.map(body, inputs=(False, False, True), outputs=True)
-    placed, key = devices.replicate((variables, measure.evaluation_key(experiment.seed)))
+    placed, key = devices.replicate((variables, evaluating.evaluation_key(experiment.seed)))
     size = round_up(experiment.evaluation.batch_size, devices.size)
     parts = []
     with Progress("frequencies", source.size, unit="img") as bar:
@@ -227,7 +228,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
         raise UsageError(f"config.data: images of {channels} channels: expected 3, or 1")
     workdir.check_writable(folder)
     with workdir.held(folder):
-        variables, step = loading.load(experiment, folder)
+        variables, step = loading.restore(experiment, folder)
         record = described(look(experiment, variables))
         if jax.process_index() == 0:
             told = {"step": step, "seed": experiment.seed, "data": experiment.splits.test.name}

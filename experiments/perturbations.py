@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, measure
-from experiments.defended import logits_fn_of
 from rain_jax import data, evaluation
 from rain_jax.attacks.universal import Found, Universal, boundary_first, tup
 from rain_jax.checks import UsageError, pixel_distance, within
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.data.source import subset
 from rain_jax.logs import Progress
 from rain_jax.norms import linf
 from rain_jax.parallel import Devices, image_keys, round_up, rows_of_process
+from rain_jax.runs import evaluating
 from rain_jax.types import Array, AxisName, Batch, Image, Key, Threat, Variables
 
 Generator = Literal["deepfool", "sgd", "fgsm"]
@@ -164,7 +165,7 @@ def successes(
         return jax.lax.map(hit, (sets.reshape(-1, *sets.shape[2:]), targets)).T
 
     program = devices.map(body, inputs=(False, False, False, True), outputs=True)
-    key = measure.evaluation_key(built.seed)
+    key = evaluating.evaluation_key(built.seed)
     placed = devices.replicate((variables, jnp.asarray(sets), key))
     shares = []
     for batch in data.evaluation_batches(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
 from rain_jax import attacks, data, evaluation
+from rain_jax.config.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
 from rain_jax.evaluation import Evaluation
 from rain_jax.evaluation.audit import LEFT, SILENT, Check, above
 from rain_jax.evaluation.probe import Slopes, slopes

@@ -20,20 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments import (
-    build,
-    cache,
-    configuring,
-    evaluate,
-    evaluations,
-    loading,
-    measure,
-    report,
-    start,
-    steps,
-    train,
-    workdir,
-)
+from experiments import evaluate, report, train
 from experiments.cli import run
 from experiments.perturbations import (
     Made,
@@ -46,38 +33,48 @@ from experiments.perturbations import (
     searches,
     successes,
 )
-from experiments.schema import call, filled, make
 from rain_jax import methods
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.config import build, tree
+from rain_jax.config.schema import call, filled, make
 from rain_jax.logs import provenance, table, write_json
 from rain_jax.methods.rat import carrying, with_perturbations, without_perturbations
 from rain_jax.parallel import Devices, initialise, with_statistics
+from rain_jax.runs import (
+    cache,
+    evaluating,
+    evaluations,
+    initial_weights,
+    loading,
+    step_programs,
+    workdir,
+)
 from rain_jax.types import Variables
 
 
-def config(**sections: Any) -> ml_collections.ConfigDict:
-    """A complete config: the sections of `configuring.config` and `rat`, see `rounds`."""
-    plain = configuring.plain(sections)
+def config(**given: Any) -> ml_collections.ConfigDict:
+    """A complete config: the sections of `rain_jax.config.config` and `rat`, see `rounds`."""
+    plain = tree.plain(given)
     own = plain.pop("rat", {})
     if not isinstance(own, dict):
         raise UsageError(f"config.rat={own!r}: expected a section, dict(..)")
-    whole = configuring.config(**plain)
+    whole = tree.config(**plain)
     whole["rat"] = filled(rounds, own)
     return whole
 
 
 def changed(config_: Any, changes: Sequence[tuple[str, Any]]) -> ml_collections.ConfigDict:
-    """A config with some values replaced, as `configuring.changed` does it."""
-    whole = configuring.plain(config_)
+    """A config with some values replaced, as `tree.changed` does it."""
+    whole = tree.plain(config_)
     own = whole.pop("rat", {})
     mine = {key.removeprefix("rat."): v for key, v in changes if key.startswith("rat.")}
     rest = [change for change in changes if not change[0].startswith("rat.")]
-    return config(**configuring.plain(configuring.changed(whole, rest)), rat={**own, **mine})
+    return config(**tree.plain(tree.changed(whole, rest)), rat={**own, **mine})
 
 
 def experiment(whole: Any) -> tuple[build.Experiment, Rounds]:
     """Builds what a config describes; its network carries perturbations."""
-    spec = configuring.plain(config(**configuring.plain(whole)))
+    spec = tree.plain(config(**tree.plain(whole)))
     own, method = spec.pop("rat"), dict(spec["method"])
     one_of("config.method.name", method.get("name"), ["rat"])
     if spec["start"]["classifier"] is None:
@@ -108,8 +105,8 @@ def retrained(
     """The networks from the start to the last round, and the perturbations against each."""
     path = folder / "perturbations.npz"
     images = jnp.zeros((1, *built.splits.train.shape), jnp.float32)
-    drawn = built.assembly.network.init(steps.keys_of(built.seed).init, images)
-    networks, sets = [start.begun(built, drawn, devices)], kept(path)
+    drawn = built.assembly.network.init(step_programs.keys_of(built.seed).init, images)
+    networks, sets = [initial_weights.begun(built, drawn, devices)], kept(path)
     programs = searches(built, own)
     key = jax.random.fold_in(jax.random.key(built.seed), 2)  # none of training's or evaluation's
     for number in range(own.number + 1):
@@ -129,7 +126,7 @@ def retrained(
                 partial(train.make_validator, one),
                 lambda drawn, devices, variables=variables: variables,  # type: ignore[misc]
             )
-            networks.append(without_perturbations(loading.load(one, there)[0]))
+            networks.append(without_perturbations(loading.restore(one, there)[0]))
             if jax.process_index() == 0:
                 report.curves(there)
     return networks, sets
@@ -140,7 +137,7 @@ def told(
     devices: Devices,
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
     """What rat.json says, and the table of it."""
-    key = jax.random.fold_in(measure.evaluation_key(built.seed), 1)
+    key = jax.random.fold_in(evaluating.evaluation_key(built.seed), 1)
     patterns = [*(one.perturbation for one in sets), noise(key, own.threat, sets[0].perturbation)]
     names = [*(f"set {number}" for number in range(len(sets))), "random signs"]
     titles = ["start", *(f"round {number}" for number in range(own.number))]
@@ -172,9 +169,9 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     initialise()
     built, own = experiment(config)
     build.check_devices(built)
-    start.check(built, folder)
+    initial_weights.check(built, folder)
     with workdir.held(folder):
-        workdir.claim(folder, configuring.plain(config))
+        workdir.claim(folder, tree.plain(config))
         _rounds(built, own, folder)
 
 
@@ -184,7 +181,7 @@ def _rounds(built: build.Experiment, own: Rounds, folder: Path) -> None:
     record, success = told(built, own, networks, sets, devices)
     if jax.process_index() == 0:
         write_json(folder / "rat.json", record)
-    planned = measure.evaluation_of(built, networks[-1], "rat")
+    planned = evaluating.evaluation_of(built, networks[-1], "rat")
     default = evaluations.name_of(built.evaluation, planned.source.size)
     place = evaluations.place(folder, planned, default)
     # The one that the run is about comes last: it is the run's latest evaluation.

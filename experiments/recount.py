@@ -20,14 +20,16 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluations, loading, measure, report, workdir
+from experiments import report
 from experiments.cli import NAME, run
-from experiments.defended import logits_fn_of
 from rain_jax import data, evaluation, norms
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.evaluation.record import IMAGES, INDEX, VERDICTS
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise, round_up
+from rain_jax.runs import cache, evaluating, evaluations, loading, workdir
 
 # Standard errors by which two counts over other draws may differ.
 _CHANCE = 5.0
@@ -51,7 +53,7 @@ def recount(
     threat = experiment.threat._replace(norm=getattr(norms, norm), radius=radius)
     row = np.full(source.size, -1)
     row[found["adversarial/index"]] = np.arange(len(images))
-    variables, step = loading.load(experiment, folder)
+    variables, step = loading.restore(experiment, folder)
     if step != record["step"]:
         raise UsageError(f"{folder}: the checkpoint is of step {step}, evaluation.json of "
                          f"{record['step']}: evaluate again")  # fmt: skip
@@ -66,7 +68,7 @@ def recount(
 
     rules = evaluation.Rules(threat, record["draws"], record["eight_bit"])
     judge = evaluation.judging(logits_fn_of(experiment.network), rules, devices, batch_size=size)
-    key = measure.key_of(experiment.seed, "recount")
+    key = evaluating.key_of(experiment.seed, "recount")
     judgements = []
     with Progress("recount", source.size, unit="img") as bar:
         for some in judge(devices.replicate(variables), key, candidates()):

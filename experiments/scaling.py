@@ -24,15 +24,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments import build, cache, configuring, workdir
 from experiments.cli import run
 from experiments.scaling_counts import programs, roofline
 from experiments.scaling_counts.programs import Counts
 from experiments.scaling_counts.roofline import MACHINES, Machine, Paper
-from experiments.schema import call, filled
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.config import build, tree
+from rain_jax.config.schema import call, filled
 from rain_jax.logs import provenance, table, write_json
 from rain_jax.models.residual import REMATS
+from rain_jax.runs import cache, workdir
 
 
 class Asked(NamedTuple):
@@ -74,14 +75,14 @@ def changed(config: Any, changes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     rest = [(key, value) for key, value in changes if key not in Asked._fields]
     return {
         "asked": filled(asked, own),
-        "run": configuring.plain(configuring.changed(config, rest)),
+        "run": tree.plain(tree.changed(config, rest)),
     }
 
 
 def main(spec: dict[str, Any], folder: Path) -> None:
     """Compiles, counts, prints tables and writes scaling.json."""
     cache.enable()
-    want: Asked = call("config", asked, configuring.plain(spec["asked"]))
+    want: Asked = call("config", asked, tree.plain(spec["asked"]))
     machine = MACHINES[want.machine]
     if want.compiler == "tpu":
         programs.simulated(1)  # for shapes; programs are for the slice

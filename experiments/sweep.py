@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import build, cache, configuring, evaluations, train, workdir
+from experiments import train
 from experiments.cli import run
 from experiments.lines import append, read
 from experiments.sweeping import grid, ledger, side_by_side, told
@@ -40,10 +40,12 @@ from experiments.sweeping.lanes import Measured, Measurer
 from experiments.sweeping.plan import Plan
 from rain_jax import norms
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.evaluation import record as records
 from rain_jax.evaluation.audit import Check
 from rain_jax.logs import Progress, provenance, write_json
 from rain_jax.parallel import initialise
+from rain_jax.runs import cache, evaluations, workdir
 
 # The programs that a sweep is made of, by the names of their functions in `evaluation`.
 _PROGRAMS = ("empty", "fill", "advance", "shrink", "body")
@@ -175,7 +177,7 @@ def train_all(asked: Asked, folder: Path) -> dict[str, Any] | None:
             build.check_devices(build.experiment(spec))
         for spec, place in left:
             print(f"{place}", flush=True)
-            train.main(configuring.config(**spec), place)
+            train.main(tree.config(**spec), place)
     if not all(map(_evaluated, folders, specs)):
         return None
     records = [json.loads(_record(place).read_text()) for place in folders]

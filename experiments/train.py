@@ -18,15 +18,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import build, cache, evaluate, report, start, workdir
+from experiments import evaluate, report
 from experiments.cli import NAME, REPLACE, Interrupt, Stopped, run
-from experiments.defended import logits_fn_of
-from experiments.running import Member, Running, Validator, begun_or_restored, forget_ahead
-from experiments.settings import Plan
-from experiments.steps import Task, feed, in_dispatches, keys_of, make_step, plan_of
 from rain_jax import data, evaluation, training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
+from rain_jax.config.options import Plan
 from rain_jax.logs import MetricsLog, Progress
 from rain_jax.parallel import (
     Devices,
@@ -34,6 +33,9 @@ from rain_jax.parallel import (
     initialise,
     round_up,
 )
+from rain_jax.runs import cache, initial_weights, workdir
+from rain_jax.runs.session import Member, Running, Validator, begun_or_restored, forget_ahead
+from rain_jax.runs.step_programs import Task, feed, in_dispatches, keys_of, make_step, plan_of
 from rain_jax.types import Key, Variables
 
 
@@ -243,7 +245,7 @@ def main(
     for _, experiment, place_of in runs:
         with build.of_twin(None if place_of == folder else runs[0][1].config["twin"]):
             check(experiment)
-            start.check(experiment, place_of)
+            initial_weights.check(experiment, place_of)
     for model, experiment, place_of in runs:
         train_members([member_of(model, experiment, place_of)], partial(alone, experiment), model)
         if jax.process_index() == 0:
@@ -268,7 +270,7 @@ def member_of(name: str, experiment: build.Experiment, folder: Path) -> Member:
         folder,
         name,
         partial(make_validator, experiment),
-        partial(start.begun, experiment),
+        partial(initial_weights.begun, experiment),
     )
 
 

@@ -18,12 +18,13 @@ import ml_collections
 import numpy as np
 import optax
 
-from experiments import cache, loading, running, settings, train, workdir
+from experiments import train
 from experiments.cli import run
-from experiments.configuring import plain
-from experiments.schema import call, convert, filled, filled_member, located, make
 from rain_jax import data, optimisers, schedules, training
 from rain_jax.checks import UsageError, nearest, within
+from rain_jax.config import options
+from rain_jax.config.schema import call, convert, filled, filled_member, located, make
+from rain_jax.config.tree import plain
 from rain_jax.image import to_even
 from rain_jax.logs import MetricsLog, provenance, table, write_json
 from rain_jax.methods.upscaling import DOWN, psnr, upscaling
@@ -35,6 +36,7 @@ from rain_jax.parallel import (
     round_up,
     rows_of_process,
 )
+from rain_jax.runs import cache, loading, session, workdir
 from rain_jax.types import (
     Array,
     AxisName,
@@ -50,9 +52,9 @@ from rain_jax.types import (
 BICUBIC = upscalers.bicubic()
 
 
-def validation(*, every_epochs: float = 1.0, batch_size: int = 64) -> settings.Validation:
+def validation(*, every_epochs: float = 1.0, batch_size: int = 64) -> options.Validation:
     """The PSNR on held-out images every so many epochs; the best checkpoint is chosen by it."""
-    return settings.Validation(every_epochs, None, batch_size)
+    return options.Validation(every_epochs, None, batch_size)
 
 
 class Evaluation(NamedTuple):
@@ -79,11 +81,11 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "data": data.load,
     "method": upscaling,
     "average": training.averaging,
-    "training": settings.Training,
+    "training": options.Training,
     "validation": validation,
     "evaluation": evaluation,
-    "checkpoints": settings.Checkpointing,
-    "parallel": settings.Parallel,
+    "checkpoints": options.Checkpointing,
+    "parallel": options.Parallel,
 }
 _MEMBERS: dict[str, Any] = {
     "upscaler": upscalers,
@@ -149,11 +151,11 @@ class Experiment(NamedTuple):
     objective: Objective
     optimiser: Callable[[int, int], optax.GradientTransformation]
     average: Callable[[int, int], training.Averaging | None]
-    training: settings.Training
-    validation: settings.Validation | None
+    training: options.Training
+    validation: options.Validation | None
     evaluation: Evaluation
-    checkpoints: settings.Checkpointing
-    parallel: settings.Parallel
+    checkpoints: options.Checkpointing
+    parallel: options.Parallel
 
     @property
     def network(self) -> Beginner:
@@ -161,11 +163,11 @@ class Experiment(NamedTuple):
         return Beginner(lambda key, images: self.upscaler.init(key, images[0]))
 
     @property
-    def augment(self) -> settings.Augment:
+    def augment(self) -> options.Augment:
         """None: crops and flips are the objective's own."""
-        return settings.Augment()
+        return options.Augment()
 
-    def method(self, plan: settings.Plan) -> Method:
+    def method(self, plan: options.Plan) -> Method:
         """Descent on the objective."""
         optimiser = self.optimiser(plan.total, plan.per_epoch)
         average = self.average(plan.total, plan.per_epoch)
@@ -282,7 +284,7 @@ def measuring(upscaler: Upscaler, batch_size: int, devices: Devices) -> Measure:
     return measure
 
 
-def make_validator(built: Experiment, devices: Devices) -> running.Validator | None:
+def make_validator(built: Experiment, devices: Devices) -> session.Validator | None:
     """The mean PSNR on the held-out images, halved as in training; None where there are none."""
     looks, source = built.validation, built.splits.valid
     if looks is None or source is None:

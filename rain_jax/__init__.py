@@ -1,8 +1,8 @@
 """Adversarially robust image classification in JAX: train, defend and measure honestly.
 
-`rain_jax.evaluate` measures how robust a model is. Start at `types`, the words that everything here
-uses. `attacks`, `methods` and `models` are registries: what their `__all__` names can be named in a
-config.
+`rain_jax.evaluate` measures how robust a model is, `rain_jax.load` reads what a run has trained.
+Start at `types`, the words that everything here uses. `attacks`, `methods` and `models` are
+registries: what their `__all__` names can be named in a config.
 """
 
 from typing import Any
@@ -16,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from rain_jax.evaluation.call import evaluate
 
         return evaluate
+    if name == "load":
+        from rain_jax.runs.loading import load
+
+        return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, evaluations
-from experiments.running import items_of, no_sums
-from experiments.steps import in_dispatches, plan_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
+from rain_jax.config import build
+from rain_jax.runs import evaluations
+from rain_jax.runs.session import items_of, no_sums
+from rain_jax.runs.step_programs import in_dispatches, plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of any run, or of none: what is looked at, and what is measured.
@@ -33,7 +34,7 @@ LIMIT = 240.0  # seconds that any command may take, on a busy machine
 
 CONFIG = '''"""Digits, an adversary of two steps, a network with all that a state can hold."""
 
-from experiments.configuring import config
+from rain_jax.config import config
 
 
 def get_config():

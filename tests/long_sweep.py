@@ -20,8 +20,9 @@ from typing import Any
 import commands
 import numpy as np
 
-from experiments import cli, workdir
+from experiments import cli
 from experiments.sweeping import grid
+from rain_jax.runs import workdir
 
 OWN_SECONDS = 24 * 3600.0  # nobody waits for this one at a keyboard
 CELL = '''"""One cell of a sweep."""

@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import analyse, build, configuring, defended, loading, start, train, workdir
+from experiments import analyse, train
 from rain_jax import attacks, data
 from rain_jax.checks import UsageError
+from rain_jax.config import build, networks, tree
 from rain_jax.defences import tables
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import initial_weights, loading, workdir
 
 
 def config_of(folder, *changes, **sections):
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     # What is judged, and how, is not what is asked here.
     whole["evaluation"] = {
         "attacks": {"fgsm": {"name": "fgsm"}}, "images": 10, "batch_size": 32, "checks": False
@@ -27,14 +29,14 @@ def config_of(folder, *changes, **sections):
     whole["parallel"]["devices"] = 1
     # Any classifier can be analysed: one that compiles soon.
     whole |= {"method": {"name": "natural"}, "validation": None}
-    return configuring.changed({**whole, **sections}, changes)
+    return tree.changed({**whole, **sections}, changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
     config = config_of(folder)
-    train.main(configuring.changed(config, [("training.epochs", 0.2)]), folder / "run")
+    train.main(tree.changed(config, [("training.epochs", 0.2)]), folder / "run")
     analyse.main(config, folder / "run")
     return config, folder / "run"
 
@@ -59,7 +61,7 @@ def test_a_config_names_the_file_and_gets_its_tables(run, tmp_path):
     config, folder = run
     statistics = str(folder / "statistics.npz")
     defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=statistics)
-    experiment = build.experiment(configuring.changed(config, [("defence", defence)]))
+    experiment = build.experiment(tree.changed(config, [("defence", defence)]))
     variables = drawn.of(experiment.network, experiment.splits.train.shape)
     with np.load(statistics) as file:
         luma, _ = tables.nn_table(tables.Statistics(**dict(file)), 40.0)
@@ -74,7 +76,7 @@ def behind_jpeg(run, tmp_path):
     shutil.copyfile(folder / "statistics.npz", file)
     defence = dict(name="nn_jpeg", table="nn", level=40.0, statistics=str(file))
     changes = [("defence", defence), ("twin", dict(defence=defence))]
-    return configuring.plain(configuring.changed(config, changes)), file
+    return tree.plain(tree.changed(config, changes)), file
 
 
 def test_a_run_can_be_moved_without_the_file_that_it_was_made_of(behind_jpeg, tmp_path):
@@ -110,15 +112,15 @@ def test_a_run_goes_on_by_the_statistics_that_it_began_with(behind_jpeg, tmp_pat
 def test_a_defended_run_is_refused(run):
     config, folder = run
     with pytest.raises(UsageError, match="bare classifier"):
-        analyse.main(configuring.changed(config, [("defence", dict(name="jpeg"))]), folder)
+        analyse.main(tree.changed(config, [("defence", dict(name="jpeg"))]), folder)
 
 
 def test_moments_do_not_depend_on_batches(run):
     config, folder = run
     experiment = build.experiment(config)
-    variables, _ = loading.load(experiment, folder)
+    variables, _ = loading.restore(experiment, folder)
     attack = attacks.fgsm(experiment.threat)
-    of = defended.logits_fn_of(experiment.network)
+    of = networks.logits_fn_of(experiment.network)
     moments = jax.jit(partial(tables.moments, jax.random.key(0), of(variables), attack))
 
     def told(size):
@@ -155,7 +157,7 @@ def test_published_weights_come_from_a_file(tmp_path):
         )
         experiment = build.experiment(config_of(tmp_path, **{**sections, **more}))
         variables = drawn.of(experiment.network, (8, 8, 3))
-        return start.begun(experiment, variables, place("shard_map", choose_devices(1)))
+        return initial_weights.begun(experiment, variables, place("shard_map", choose_devices(1)))
 
     found = begun()["params"]["defence"]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found)]

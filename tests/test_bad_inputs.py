@@ -16,12 +16,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, cli, evaluate, train, workdir
+from experiments import cli, evaluate, train
 from rain_jax import data, models
 from rain_jax.attacks import pgd
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.config import build
 from rain_jax.norms import linf
+from rain_jax.runs import workdir
 from rain_jax.types import Threat
 
 COMPILED: list[str] = []
@@ -304,7 +306,7 @@ def archive(path: Path, **changes: Any) -> None:
 
 
 def config_file(path: Path, body: str) -> None:
-    path.write_text(f"from experiments.configuring import config\n{body}\n")
+    path.write_text(f"from rain_jax.config import config\n{body}\n")
 
 
 def write_data(files: Path) -> None:

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, schema, steps, train
+from experiments import cli, train
 from rain_jax import attacks, data, losses, methods, models, norms, optimisers, schedules
 from rain_jax.checks import UsageError
+from rain_jax.config import build, schema, tree
 from rain_jax.methods.common import Staged
+from rain_jax.runs import step_programs
 from rain_jax.types import Batch, Estimator, Loss, Norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ def small(**changes: Any) -> Any:
         training=dict(epochs=1, batch_size=32),
         evaluation=dict(attacks=dict(pgd=PGD)),
     )
-    return configuring.config(**{**sections, **changes})
+    return tree.config(**{**sections, **changes})
 
 
 def refused(call: Callable[[], Any], *says: str) -> None:
@@ -130,7 +132,7 @@ def test_estimators_are_made_by_name_and_by_section():
 
 
 def test_defaults_are_filled_in():
-    found = configuring.plain(small(method=dict(name="adversarial", attack=PGD)))
+    found = tree.plain(small(method=dict(name="adversarial", attack=PGD)))
     for column in (found["method"]["attack"], found["evaluation"]["attacks"]["pgd"]):
         assert column == dict(
             name="pgd", steps=2, step_size=None, restarts=1, loss="cross_entropy", estimator=None,
@@ -146,8 +148,8 @@ def test_defaults_are_filled_in():
 
 
 def test_a_filled_config_stays_as_it_is():
-    found = configuring.plain(small(average=dict(decay=0.5)))
-    assert configuring.plain(configuring.config(**found)) == found
+    found = tree.plain(small(average=dict(decay=0.5)))
+    assert tree.plain(tree.config(**found)) == found
     assert build.experiment(found).config == found
 
 
@@ -161,7 +163,7 @@ def test_every_default_of_every_member_can_be_built(section, name):
     needs: dict[str, Any] = {"schedule": dict(peak=0.1)}.get(section, {})
     if name == "piecewise":
         needs["at"] = (1, 2)
-    filled = configuring.plain(small(**{section: dict(name=name, **needs)}))[section]
+    filled = tree.plain(small(**{section: dict(name=name, **needs)}))[section]
     # Through JSON, as the folder of a run keeps it.
     filled = json.loads(json.dumps(filled))
     given = {
@@ -180,8 +182,8 @@ def test_every_default_of_every_attack_can_be_built(name):
     column = dict(name=name, **needed)
     norm = dict(norm="l2", radius=0.5) if name == "ddn" else dict(norm="linf", radius=0.1)
     whole = small(threat=norm, evaluation=dict(attacks=dict(x=column)))
-    found = json.loads(json.dumps(configuring.plain(whole)))
-    assert "x" in build.experiment(found).looks
+    found = json.loads(json.dumps(tree.plain(whole)))
+    assert "x" in build.experiment(found).columns
 
 
 CHANGES = [
@@ -209,11 +211,11 @@ CHANGES = [
 
 @pytest.mark.parametrize("key, text, expected", CHANGES)
 def test_every_kind_of_value_can_be_changed(key, text, expected):
-    before = configuring.plain(small(method=dict(name="adversarial", attack=PGD)))
+    before = tree.plain(small(method=dict(name="adversarial", attack=PGD)))
     changes = [(key, cli.value_of(text))]
     if key.startswith("validation"):
         changes.append(("data.holdout", 8))
-    after = configuring.plain(configuring.changed(before, changes))
+    after = tree.plain(tree.changed(before, changes))
     found: Any = after
     for name in key.split("."):
         found = found[name]
@@ -223,7 +225,7 @@ def test_every_kind_of_value_can_be_changed(key, text, expected):
 
 def test_a_change_leaves_the_config_it_is_made_from():
     before = small()
-    configuring.changed(before, [("seed", 7), ("network.hidden", 3)])
+    tree.changed(before, [("seed", 7), ("network.hidden", 3)])
     assert before.seed == 0
     assert before.network.hidden == 100
 
@@ -233,15 +235,15 @@ NATURAL = dict(name="natural", label_smoothing=0.0, mix="none", mix_alpha=1.0)
 
 def test_another_name_drops_what_only_the_old_one_knew():
     before = small(method=dict(name="adversarial", attack=PGD, label_smoothing=0.1))
-    after = configuring.changed(before, [("method.name", "natural")])
-    assert configuring.plain(after)["method"] == {**NATURAL, "label_smoothing": 0.1}
+    after = tree.changed(before, [("method.name", "natural")])
+    assert tree.plain(after)["method"] == {**NATURAL, "label_smoothing": 0.1}
 
 
 def test_another_name_brings_its_own_defaults():
     """PGD's default start is no wish of the user's, so MI-FGSM keeps its own."""
     key = "evaluation.attacks.pgd"
-    after = configuring.changed(small(), [(f"{key}.decay", 0.5), (f"{key}.name", "mi_fgsm")])
-    column = configuring.plain(after)["evaluation"]["attacks"]["pgd"]
+    after = tree.changed(small(), [(f"{key}.decay", 0.5), (f"{key}.name", "mi_fgsm")])
+    column = tree.plain(after)["evaluation"]["attacks"]["pgd"]
     assert column["start"] == "clean"
     assert (column["steps"], column["decay"]) == (2, 0.5)
     assert "keep" not in column
@@ -250,26 +252,24 @@ def test_another_name_brings_its_own_defaults():
 
 def test_another_name_does_not_excuse_unknown_keys():
     changes = [("network.name", "preact_resnet"), ("network.widht", 8)]
-    refused(lambda: build.experiment(configuring.changed(small(), changes)), "'width'")
+    refused(lambda: build.experiment(tree.changed(small(), changes)), "'width'")
     # Nor keys of the one that it replaces, where they are asked for now.
     changes = [("network.name", "preact_resnet"), ("network.hidden", 8)]
-    refused(
-        lambda: build.experiment(configuring.changed(small(), changes)), "config.network.hidden"
-    )
+    refused(lambda: build.experiment(tree.changed(small(), changes)), "config.network.hidden")
 
 
 def test_another_method_keeps_the_attack_and_one_may_be_added():
     key = "method.attack"
-    after = configuring.changed(small(), [("method.name", "adversarial"), (f"{key}.name", "pgd"),
+    after = tree.changed(small(), [("method.name", "adversarial"), (f"{key}.name", "pgd"),
                                     (f"{key}.steps", 3)])  # fmt: skip
-    assert configuring.plain(after)["method"]["attack"]["steps"] == 3
+    assert tree.plain(after)["method"]["attack"]["steps"] == 3
     build.experiment(after)
 
 
 def test_columns_can_be_added_and_taken_out():
     key = "evaluation.attacks"
     changes = [(f"{key}.pgd", None), (f"{key}.weak.name", "fgsm"), (f"{key}.weak.start", "uniform")]
-    assert list(build.experiment(configuring.changed(small(), changes)).looks) == ["weak"]
+    assert list(build.experiment(tree.changed(small(), changes)).columns) == ["weak"]
 
 
 def test_what_a_text_on_the_command_line_means():
@@ -290,7 +290,7 @@ def test_names_become_objects():
     assert found.network.classes == 10
     assert found.optimiser(100, 10).init is not None
     assert found.average(100, 10) is None
-    assert set(found.looks) == {"pgd"}
+    assert set(found.columns) == {"pgd"}
 
 
 def test_building_compiles_nothing():
@@ -308,10 +308,10 @@ def test_a_gigabyte_is_a_gigabyte_of_bytes(dtype, size, monkeypatch):
     images, labels = np.zeros((64, 8, 8, 1), dtype), np.arange(64) % 10
     train = data.from_arrays(images, labels, name="black")
     experiment = experiment._replace(splits=experiment.splits._replace(train=train))
-    monkeypatch.setattr(steps, "RESIDENT_BYTES", 64 * 64 * size)
-    assert steps.is_resident(experiment)
-    monkeypatch.setattr(steps, "RESIDENT_BYTES", 64 * 64 * size - 1)
-    assert not steps.is_resident(experiment)
+    monkeypatch.setattr(step_programs, "RESIDENT_BYTES", 64 * 64 * size)
+    assert step_programs.is_resident(experiment)
+    monkeypatch.setattr(step_programs, "RESIDENT_BYTES", 64 * 64 * size - 1)
+    assert not step_programs.is_resident(experiment)
 
 
 def test_the_resolved_config_goes_through_json():
@@ -327,19 +327,19 @@ def test_a_twin_has_other_sections_and_their_defaults():
         method=dict(name="adversarial", attack=PGD),
         twin=dict(method=dict(name="natural"), threat=dict(radius=0.2)),
     )
-    found = configuring.twin(config)
+    found = tree.twin(config)
     assert found is not None
     assert found["twin"] is None
     assert found["method"] == NATURAL
     assert found["threat"] == dict(norm="linf", radius=0.2)
-    own = configuring.plain(config)
+    own = tree.plain(config)
     same = set(own) - {"twin", "method", "threat"}
     assert {name: found[name] for name in same} == {name: own[name] for name in same}
     build.experiment(found)
-    assert configuring.twin(small()) is None
-    assert configuring.twin(small(twin={})) is None
-    refused(lambda: configuring.twin(small(twin=dict(seed=1))), "seed")
-    refused(lambda: configuring.twin(small(twin=5)), "config.twin=5", "section")
+    assert tree.twin(small()) is None
+    assert tree.twin(small(twin={})) is None
+    refused(lambda: tree.twin(small(twin=dict(seed=1))), "seed")
+    refused(lambda: tree.twin(small(twin=5)), "config.twin=5", "section")
 
 
 def blank(
@@ -363,9 +363,9 @@ def blank(
 def test_every_config_builds(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = cli.load_config(str(path))
-    config = configuring.changed(loaded, commands.without_runs(loaded))
-    wholes = [configuring.plain(config)]
-    if (other := configuring.twin(config)) is not None:
+    config = tree.changed(loaded, commands.without_runs(loaded))
+    wholes = [tree.plain(config)]
+    if (other := tree.twin(config)) is not None:
         wholes.append(other)
     for whole in wholes:
         try:
@@ -395,7 +395,7 @@ def test_weights_are_perturbed_around_any_method():
     )
     experiment = build.experiment(config)
     assert isinstance(experiment.objective, Staged)
-    plain = build.experiment(configuring.changed(config, [("method.awp", None)]))
+    plain = build.experiment(tree.changed(config, [("method.awp", None)]))
     shape = experiment.splits.train.shape
     images = np.random.default_rng(0).uniform(size=(4, *shape)).astype(np.float32)
     batch = Batch(images, np.arange(4), np.arange(4), np.ones(4, bool))
@@ -420,7 +420,7 @@ def test_weights_are_perturbed_around_any_method():
 )
 def test_mistakes_in_them_are_told(change, says):
     with pytest.raises(UsageError, match=says):
-        build.experiment(configuring.changed(small(), [change]))
+        build.experiment(tree.changed(small(), [change]))
 
 
 def test_replays_are_of_natural_training():
@@ -432,7 +432,7 @@ def test_replays_are_of_natural_training():
 
 @pytest.mark.structure
 def test_replays_are_steps_of_the_schedule_and_are_restored(tmp_path, capsys):
-    config = configuring.changed(
+    config = tree.changed(
         small(network=dict(name="cnn", widths=(4,), hidden=8)),
         [("training.replays", 3), ("training.epochs", 0.5), ("method", dict(name="natural")),
          ("evaluation.images", 8), ("evaluation.checks", False), ("parallel.devices", 1)],
@@ -440,7 +440,7 @@ def test_replays_are_steps_of_the_schedule_and_are_restored(tmp_path, capsys):
     train.main(config, tmp_path / "run")
     lines = commands.metrics(tmp_path / "run")
     experiment = build.experiment(config)
-    plan = steps.plan_of(experiment)
+    plan = step_programs.plan_of(experiment)
     assert lines[-1]["step"] == plan.total
     train.main(config, tmp_path / "run")
     assert f"goes on from step {plan.total}" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import cache
+from rain_jax.runs import cache
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,11 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, certify, cli, configuring, loading, train, workdir
+from experiments import certify, cli, train
 from rain_jax import data
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.evaluation import smoothing
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import loading, workdir
 
 NOISE = dict(name="gaussian_noise", scale=0.2)
 ASKED = ["sigma=(0.2,0.4)", "draws=200", "selection=20", "images=21", "every=2", "block=4"]
@@ -21,7 +23,7 @@ ASKED = ["sigma=(0.2,0.4)", "draws=200", "selection=20", "images=21", "every=2",
 def config_of(folder, **own):
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole["evaluation"] = {
         "attacks": {"fgsm": {"name": "fgsm"}}, "batch_size": 100, "images": 5, "draws": 1,
         "checks": False,
@@ -30,7 +32,7 @@ def config_of(folder, **own):
     # Which learns something in 30 steps, whatever noise it stands behind.
     whole["network"]["widths"] = (8, 16)
     whole |= {"method": dict(name="natural"), "validation": None, **own}
-    return configuring.config(**whole)
+    return tree.config(**whole)
 
 
 def certified(folder, *changes, code=0):
@@ -168,7 +170,7 @@ def test_the_noise_of_the_run_is_the_default_and_is_not_added_twice(trained, tmp
     asked, through = certify.completed(certify.Certification(), build.experiment(config))
     assert (asked.sigma, through) == (0.2, "classifier")
     experiment = build.experiment(config)
-    variables, _ = loading.load(experiment, trained)
+    variables, _ = loading.restore(experiment, trained)
     devices = place("shard_map", choose_devices(1))
     (batch,) = data.evaluation_batches(data.first(experiment.splits.test, 12), 12)
 

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, configuring, steps, train
+from experiments import train
 from rain_jax import training
+from rain_jax.config import build, tree
 from rain_jax.evaluation import probe
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import step_programs
 
 PROMISED = {"config.json", "provenance.json", "metrics.jsonl", "checkpoints", "evaluations"}
 OF_EVALUATION = {
@@ -157,11 +159,11 @@ def test_every_config_trains_two_steps_and_is_evaluated(path, tmp_path, monkeypa
     # What the look at a model finds is another test's (tests/test_sanity.py): here it is brief.
     monkeypatch.setattr(probe, "STEPS", 2)
     monkeypatch.setattr(probe, "_DRAWS", 2)
-    spec = configuring.plain(runpy.run_path(str(path))["get_config"]())
+    spec = tree.plain(runpy.run_path(str(path))["get_config"]())
     thin = []
     if spec["network"]["name"] == "preact_resnet18":
         thin = [("network.name", "preact_resnet"), ("network.depths", (1, 1))]
-    spec = configuring.plain(configuring.changed(spec, [*commands.without_runs(spec), *thin]))
+    spec = tree.plain(tree.changed(spec, [*commands.without_runs(spec), *thin]))
     shape = shape_of(spec["data"])
     classes = 100 if "cifar100" in spec["data"]["name"] else 10
     draw = np.random.default_rng(0)
@@ -228,15 +230,15 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
     """Nor on the device: the state is donated, and the new one lies where the old one was."""
     experiment = build.experiment(runpy.run_path(str(config))["get_config"]())
     devices = place(mapping, choose_devices(8))
-    plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
+    plan, keys = step_programs.plan_of(experiment), step_programs.keys_of(experiment.seed)
     method = training.minimise(
         experiment.objective,
         experiment.optimiser(plan.total, plan.per_epoch),
         average=experiment.average(plan.total, plan.per_epoch),
     )
     state = devices.replicate(jax.jit(method.init)(drawn.of(experiment.network, (8, 8, 1))))
-    step = steps.make_step(experiment, method, plan, devices)
-    feeds = commands.one_by_one(steps.feed(experiment, plan, keys, devices, 0), plan.total)
+    step = step_programs.make_step(experiment, method, plan, devices)
+    feeds = commands.one_by_one(step_programs.feed(experiment, plan, keys, devices, 0), plan.total)
     for _ in range(2):  # compiles, and takes its own results as arguments for the first time
         old, before = state, memory_of(state)
         state, metrics = step(old, next(feeds))
@@ -269,19 +271,19 @@ def test_a_step_is_one_program_and_moves_nothing_between_host_and_device(mapping
 def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
     """Numbers to rounding; each dispatch one program, the state donated."""
     whole = runpy.run_path(str(config))["get_config"]()
-    experiment = build.experiment(configuring.changed(whole, [("training.feed", feed)]))
+    experiment = build.experiment(tree.changed(whole, [("training.feed", feed)]))
     devices = place(mapping, choose_devices(2))
-    plan, keys = steps.plan_of(experiment), steps.keys_of(experiment.seed)
+    plan, keys = step_programs.plan_of(experiment), step_programs.keys_of(experiment.seed)
     method = experiment.method(plan)
     init = partial(jax.jit(method.init), drawn.of(experiment.network, (8, 8, 1)))
-    step = steps.make_step(experiment, method, plan, devices)
+    step = step_programs.make_step(experiment, method, plan, devices)
     epoch_ends = lambda done: done % plan.per_epoch == 0
 
     def run(together):
         state = devices.replicate(init())
-        feeds = steps.feed(experiment, plan, keys, devices, 0)
+        feeds = step_programs.feed(experiment, plan, keys, devices, 0)
         last, told, counts = plan.per_epoch + 3, [], []
-        feeds = steps.in_dispatches(feeds, 0, last, together, epoch_ends)
+        feeds = step_programs.in_dispatches(feeds, 0, last, together, epoch_ends)
         for passed in training.loop(step, state, feeds, 0, last):
             counts.append(passed.done)
             told += [values["loss"] for _, values in passed.metrics]
@@ -297,7 +299,7 @@ def test_several_steps_in_one_dispatch_are_the_steps(feed, mapping, config):
 def test_a_run_in_dispatches_goes_on_after_a_stop_with_the_same_bits(config, tmp_path, monkeypatch):
     whole = runpy.run_path(str(config))["get_config"]()
     changes = [("training.steps_per_dispatch", 2), ("training.epochs", 2), ("parallel.devices", 1)]
-    experiment = build.experiment(configuring.changed(whole, changes))
+    experiment = build.experiment(tree.changed(whole, changes))
 
     def run(name):
         train.train(experiment, tmp_path / name, name, lambda devices: None)
@@ -315,21 +317,23 @@ def test_a_run_in_dispatches_goes_on_after_a_stop_with_the_same_bits(config, tmp
     commands.assert_same(found, expected[0][1])
     with pytest.raises(build.UsageError, match="dispatch=4: expected at most 3, the steps from"):
         changes[0] = "training.steps_per_dispatch", 4
-        train.train(
-            build.experiment(configuring.changed(whole, changes)), tmp_path / "no", "no", None
-        )
+        train.train(build.experiment(tree.changed(whole, changes)), tmp_path / "no", "no", None)
 
 
 def test_dispatches_end_where_something_happens():
     feeds = ((epoch, number) for epoch in range(9) for number in range(10))
-    made = list(steps.in_dispatches(feeds, 0, 25, 3, lambda done: done % 10 == 0 or done == 14))
+    made = list(
+        step_programs.in_dispatches(feeds, 0, 25, 3, lambda done: done % 10 == 0 or done == 14)
+    )
     assert [len(splits) for _, splits in made] == [3, 3, 3, 1, 3, 1, 3, 3, 3, 1, 1]
     fed = [number for _, splits in made for number in splits]
     assert fed == [*range(10), *range(10), *range(5)]
     assert [shared for shared, _ in made] == [0] * 4 + [1] * 4 + [2] * 3
     # From where a dispatch ended it goes on with the same ones.
     feeds = ((1, number) for number in range(3, 10))
-    again = list(steps.in_dispatches(feeds, 13, 20, 3, lambda done: done % 10 == 0 or done == 14))
+    again = list(
+        step_programs.in_dispatches(feeds, 13, 20, 3, lambda done: done % 10 == 0 or done == 14)
+    )
     assert again == made[5:8]
 
 

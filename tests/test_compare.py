@@ -11,12 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: see the extra `peers`")
 
-from experiments import compare, configuring, train  # noqa: E402
+from experiments import compare, train  # noqa: E402
 from experiments.comparing import bridges  # noqa: E402
 from experiments.comparing.subject import Subject, subject  # noqa: E402
 from rain_jax import attacks, evaluation  # noqa: E402
 from rain_jax.bridges import to_torch  # noqa: E402
 from rain_jax.checks import UsageError  # noqa: E402
+from rain_jax.config import tree  # noqa: E402
 
 COUNT = 12
 
@@ -27,10 +28,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole |= {"method": {"name": "natural"}, "validation": None}
     whole["parallel"]["devices"] = 1
-    train.main(configuring.changed(whole, [("training.epochs", 2)]), folder / "run")
+    train.main(tree.changed(whole, [("training.epochs", 2)]), folder / "run")
     return folder / "run"
 
 

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, defended, evaluate, loading, schema, steps, train
+from experiments import cli, evaluate, train
 from rain_jax import data, defences, models, training
 from rain_jax.checks import UsageError
+from rain_jax.config import build, networks, schema, tree
 from rain_jax.evaluation.resume import digest_of
 from rain_jax.losses import cross_entropy
 from rain_jax.models.conditional import with_condition
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import loading, step_programs
 from rain_jax.types import Batch, Method
 
 FOLDER = commands.ROOT / "experiments" / "configs"
@@ -92,7 +94,7 @@ def tiny(row: str, files: Path, **sections: Any) -> dict[str, Any]:
         if "steps" in section:
             section["steps"] = 1
     extra = spec["data"]["extra"] and f"arrays:{files / 'extra.npz'}"
-    return configuring.plain(configuring.config(**{
+    return tree.plain(tree.config(**{
         **spec,
         "network": dict(name="cnn", widths=(4,), hidden=4, batch_norm=True, **network),
         "method": method,
@@ -129,13 +131,13 @@ def test_every_row_builds(row, files):
 @pytest.mark.parametrize("row", KINDS, ids=told)
 def test_every_kind_of_row_takes_two_steps(row, files):
     experiment = build.experiment(tiny(row, files, evaluation=CHEAP))
-    devices, plan = place("shard_map", choose_devices(1)), steps.plan_of(experiment)
-    keys, method = steps.keys_of(0), experiment.method(plan)
+    devices, plan = place("shard_map", choose_devices(1)), step_programs.plan_of(experiment)
+    keys, method = step_programs.keys_of(0), experiment.method(plan)
     variables = drawn.of(experiment.network, SHAPE)
     state = devices.replicate(jax.jit(method.init)(variables))
     before = jax.tree.map(np.asarray, state.params)
-    step = steps.make_step(experiment, method, plan, devices)
-    feeds = commands.one_by_one(steps.feed(experiment, plan, keys, devices, 0), 2)
+    step = step_programs.make_step(experiment, method, plan, devices)
+    feeds = commands.one_by_one(step_programs.feed(experiment, plan, keys, devices, 0), 2)
     for _ in range(2):
         state, metrics = step(state, next(feeds))
         assert all(np.isfinite(np.asarray(value)).all() for value in metrics.values())
@@ -157,7 +159,7 @@ def test_every_kind_of_row_takes_two_steps(row, files):
 )
 def test_what_curves_are_over_can_be_typed(text, key, value, files):
     row = tiny(f"{FOLDER / 'methods'}/{text}", files, evaluation=CHEAP)
-    found: Any = build.experiment(configuring.changed(row, [(key, value)])).config
+    found: Any = build.experiment(tree.changed(row, [(key, value)])).config
     for name in key.split("."):
         found = found[name]
     assert found == value
@@ -190,7 +192,7 @@ def test_the_attack_of_a_method_climbs_through_the_defence(method, files):
     found = find(variables["params"])
 
     front, classifier = defences.jpeg(quality=10), models.cnn(10, widths=(4,), hidden=8)
-    own = defended.parts_of(variables)
+    own = networks.parts_of(variables)
 
     def slopes(through: bool) -> jax.Array:
         def loss(image, label):
@@ -224,16 +226,16 @@ def conditional(files, tmp_path_factory):
 
 
 def at(spec: dict[str, Any], condition: float | None) -> build.Experiment:
-    return build.experiment(configuring.changed(spec, [("evaluation.condition", condition)]))
+    return build.experiment(tree.changed(spec, [("evaluation.condition", condition)]))
 
 
 def test_a_condition_is_what_clean_images_and_attacks_meet(conditional, tmp_path):
     spec, folder = conditional
-    deployed, _ = loading.load(at(spec, None), folder)
+    deployed, _ = loading.restore(at(spec, None), folder)
     margins = {}
     for condition in (None, 0.0, 1.0):
         built = at(spec, condition)
-        variables, step = loading.load(built, folder)
+        variables, step = loading.restore(built, folder)
         expected = deployed if condition is None else with_condition(deployed, condition)
         assert digest_of(variables) == digest_of(expected)
         out = tmp_path / str(condition)
@@ -254,15 +256,15 @@ def test_a_condition_is_what_clean_images_and_attacks_meet(conditional, tmp_path
 def test_the_journal_tells_conditions_apart(conditional):
     """By the weights' digest, which the condition is a part of."""
     spec, folder = conditional
-    seen = {digest_of(loading.load(at(spec, s), folder)[0]) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    seen = {digest_of(loading.restore(at(spec, s), folder)[0]) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert len(seen) == 5
 
 
 def test_a_network_without_modulation_has_no_condition(conditional):
     spec, _ = conditional
-    plain = configuring.changed(spec, [("network.modulation", "none")])
+    plain = tree.changed(spec, [("network.modulation", "none")])
     with pytest.raises(UsageError, match=r"evaluation\.condition=0\.5: expected None") as error:
-        at(configuring.plain(plain), 0.5)
+        at(tree.plain(plain), 0.5)
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match=r"evaluation\.condition=1\.5"):
         at(spec, 1.5)
@@ -284,11 +286,11 @@ def noted(state):
 
 def shown(experiment, mapping, devices, first, count):
     """What a run that begins at step `first` sees, step by step."""
-    placed, plan = place(mapping, choose_devices(devices)), steps.plan_of(experiment)
-    keys = steps.keys_of(experiment.seed)
+    placed, plan = place(mapping, choose_devices(devices)), step_programs.plan_of(experiment)
+    keys = step_programs.keys_of(experiment.seed)
     state = training.TrainState(jnp.int32(first), {}, {}, {}, None)
-    step = steps.make_step(experiment, noted(state), plan, placed)
-    feeds = commands.one_by_one(steps.feed(experiment, plan, keys, placed, first), count)
+    step = step_programs.make_step(experiment, noted(state), plan, placed)
+    feeds = commands.one_by_one(step_programs.feed(experiment, plan, keys, placed, first), count)
     state, seen = placed.replicate(state), []
     for fed in feeds:
         state, metrics = step(state, fed)
@@ -322,4 +324,4 @@ def test_batches_with_extra_images_are_the_same_after_a_stop_and_on_all_devices(
 def test_a_share_that_no_batch_can_hold_is_refused_at_once(files):
     row = tiny(f"{FOLDER / 'published' / 'rebuffi2021.py'}:ddpm", files)
     with pytest.raises(UsageError, match=r"config\.data\.extra_fraction=0\.01: expected images"):
-        build.experiment(configuring.changed(row, [("data.extra_fraction", 0.01)]))
+        build.experiment(tree.changed(row, [("data.extra_fraction", 0.01)]))

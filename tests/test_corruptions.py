@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import tfds_fixture
 
-from experiments import build, cli, configuring, corrupted, corruptions, loading, train, workdir
+from experiments import cli, corruptions, train
 from experiments.corruption_scores import ALEXNET, Errors, compared
 from experiments.corruptions import Corruptions
 from experiments.lines import append
-from experiments.settings import Corrupted
 from rain_jax import data
 from rain_jax.checks import UsageError
+from rain_jax.config import build, corrupted, tree
+from rain_jax.config.options import Corrupted
 from rain_jax.image.corruptions import FAMILIES
 from rain_jax.parallel import choose_devices, image_keys, place
+from rain_jax.runs import loading, workdir
 
 IMAGES = 24
 
@@ -29,20 +31,20 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corrupted")
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole["evaluation"] = {
         "images": IMAGES, "attacks": {"fgsm": {"name": "fgsm"}}, "checks": False
     }  # fmt: skip
     whole["parallel"]["devices"] = 1
     whole |= {"method": {"name": "natural"}, "validation": None}
-    train.main(configuring.changed(whole, [("training.epochs", 1)]), folder / "run")
+    train.main(tree.changed(whole, [("training.epochs", 1)]), folder / "run")
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def model(run):
     experiment = build.experiment(workdir.read_config(run))
-    return experiment, loading.load(experiment, run)[0]
+    return experiment, loading.restore(experiment, run)[0]
 
 
 def opened(run):
@@ -116,7 +118,7 @@ def test_an_evaluation_of_corrupted_images_is_of_those_that_the_study_makes(
 def test_mistakes_in_a_corruption_are_met_before_anything_runs(run, change, message):
     whole = workdir.read_config(run)
     with pytest.raises(UsageError, match=message):
-        build.experiment(configuring.changed(whole, [("evaluation.corruption", change)]))
+        build.experiment(tree.changed(whole, [("evaluation.corruption", change)]))
 
 
 def test_batches_and_what_else_is_looked_at_change_nothing(run):

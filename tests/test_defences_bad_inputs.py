@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import settings
 from rain_jax import defences
 from rain_jax import image as ops
 from rain_jax.checks import UsageError
+from rain_jax.config import options
 from rain_jax.defences import compose, network, tables, vote
 from rain_jax.models import cnn, upscalers
 
@@ -184,8 +184,8 @@ def statistics(noise):
         (lambda: tables.coefficients(NO_IMAGES["bytes"]), "image uint8"),
         (lambda: ops.dct(ONES[:, :7]), "block_image [8, 7]: expected [H, W], multiples of 8"),
         (lambda: ops.dct(IMAGE), "block_image [8, 8, 3]"),
-        (lambda: settings.Ensemble("defence.level", ()), "config.ensemble.values=()"),
-        (lambda: settings.Ensemble("defence.level", (15.0,)), "expected two at least"),
+        (lambda: options.Ensemble("defence.level", ()), "config.ensemble.values=()"),
+        (lambda: options.Ensemble("defence.level", (15.0,)), "expected two at least"),
         (lambda: network.ensemble((), vote.vote_scores), "networks=()"),
         (lambda: defences.rain(EDSR, reach=-0.1), "reach=-0.1"),
         (lambda: defences.rain(EDSR, reach=float("nan")), "reach=nan"),

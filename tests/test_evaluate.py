@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring, evaluate, looks, measure, recount
-from experiments.model_info import model_info
+from experiments import evaluate, recount
 from rain_jax import data, evaluation
 from rain_jax.adapters import of_network
+from rain_jax.config import attack_columns, build, tree
+from rain_jax.runs import evaluating
+from rain_jax.runs.model_info import model_info
 
 
 def experiment_of(tmp_path: Path, **settings):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
     changes = [(f"evaluation.{key}", value) for key, value in settings.items()]
-    return build.experiment(configuring.changed(scope["get_config"](), changes))
+    return build.experiment(tree.changed(scope["get_config"](), changes))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_the_hash_of_the_data_knows_each_pixel(tmp_path, variables):
     other = images.copy()
     other[15, 7, 7] = 1 - other[15, 7, 7]
     hashes = [
-        measure.evaluation_of(e, variables, "x")().digest
+        evaluating.evaluation_of(e, variables, "x")().digest
         for e in (experiment, of(images), of(other))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -224,7 +226,10 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
     everyone = lambda key, logits_fn, image, label: 1 - image
     experiment = experiment._replace(
         threat=experiment.threat._replace(radius=1.0),
-        looks={"flip": looks.Look(lambda *a: everyone(*a)), "noise": experiment.looks["noise"]},
+        columns={
+            "flip": attack_columns.Column(lambda *a: everyone(*a)),
+            "noise": experiment.columns["noise"],
+        },
     )
 
     def constant(variables, images, train=False, axis_name=None, keys=None):
@@ -234,7 +239,7 @@ def test_nobody_left_is_no_mistake(tmp_path, variables):
         ), {}
 
     experiment = experiment._replace(network=experiment.network._replace(apply=constant))
-    measured = measure.evaluation_of(experiment, variables, "constant")()
+    measured = evaluating.evaluation_of(experiment, variables, "constant")()
     right = measured.columns["clean"].judgement
     assert np.sum(right.right) > 0
     assert len(measured.columns["noise"].judgement.index) == 0
@@ -251,7 +256,7 @@ def test_a_random_model_is_told_by_single_draws_too(tmp_path, variables, monkeyp
         return model._replace(logits=logits)
 
     # What is measured alone: the checks would find out.
-    monkeypatch.setattr(measure, "of_network", noisy)
+    monkeypatch.setattr(evaluating, "of_network", noisy)
     _, _, record, verdicts = told(
         tmp_path, variables, draws=16, suite=dict(name="rand", steps=2, draws=4),
         **{"attacks.pgd40": None},
@@ -278,7 +283,7 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
         ("defence", dict(name="gaussian_noise", scale=0.5)),
         ("evaluation", dict(attacks={name: dict(name="noise") for name in names}, draws=16)),
     ]
-    experiment = build.experiment(configuring.changed(scope["get_config"](), changes))
+    experiment = build.experiment(tree.changed(scope["get_config"](), changes))
     images = jnp.zeros((1, 8, 8, 1))
     drawn = experiment.network.init(jax.random.key(0), images)
     drawn["params"] = jax.tree.map(lambda leaf: 3 * leaf, drawn["params"])
@@ -303,7 +308,7 @@ def test_the_worst_case_of_a_random_model_is_judged_by_other_draws(tmp_path):
 
 def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, monkeypatch):
     noisy = {"attacks.pgd40": dict(name="fgsm"), "draws": 16, "checks": False}
-    whole = configuring.changed(
+    whole = tree.changed(
         experiment_of(tmp_path, **noisy).config,
         [("defence", dict(name="gaussian_noise", scale=0.2))],
     )

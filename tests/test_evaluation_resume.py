@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, evaluate, measure
-from experiments.workdir import read_config
+from experiments import cli, evaluate
+from rain_jax.config import build, tree
 from rain_jax.evaluation import resume
+from rain_jax.runs import evaluating
+from rain_jax.runs.workdir import read_config
 
 # At a radius at which images are left for every attack.
 STANDARD = [
@@ -112,8 +114,8 @@ def test_killed_in_every_attack_it_ends_with_the_same_record(trained, uninterrup
 
 @pytest.fixture(scope="module")
 def experiment(uninterrupted):
-    whole = configuring.changed(read_config(uninterrupted), [])
-    return build.experiment(configuring.changed(whole, cli.changes_of(STANDARD)))
+    whole = tree.changed(read_config(uninterrupted), [])
+    return build.experiment(tree.changed(whole, cli.changes_of(STANDARD)))
 
 
 def variables_of(experiment):
@@ -181,7 +183,7 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
     """Blocks of the first are in the folder; none of them is this one's."""
     shutil.copytree(measured[0], tmp_path, dirs_exist_ok=True)
     variables = measured[1]
-    other = build.experiment(configuring.changed(experiment.config, [change]))
+    other = build.experiment(tree.changed(experiment.config, [change]))
     taken = []
     read = resume.Pages.read
 
@@ -191,7 +193,7 @@ def test_nothing_of_another_evaluation_is_taken(experiment, measured, tmp_path, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume.Pages, "read", spying)
-        measure.evaluation_of(other, variables, "untrained", tmp_path)()
+        evaluating.evaluation_of(other, variables, "untrained", tmp_path)()
     # Only attacks turn on the suite: the rest may be known.
     known = {"clean"} if change[0] == "evaluation.suite.steps" else set()
     assert set(taken) - {"fmn"} == known

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluations
-from experiments.settings import Evaluation as Settings
 from rain_jax import data
 from rain_jax.attacks import noise
 from rain_jax.checks import UsageError
+from rain_jax.config.options import Evaluation as Settings
 from rain_jax.evaluation import AttackColumn, Evaluation
 from rain_jax.norms import linf
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import evaluations
 from rain_jax.types import Model, Threat
 
 THREAT = Threat(linf, 0.1)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adopt, build, configuring, export, loading, workdir
+from experiments import adopt, export
 from experiments.cli import run
 from rain_jax import defences, models
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.defences.network import in_front
 from rain_jax.models import upscalers
+from rain_jax.runs import loading, workdir
 
 IMAGES = np.random.default_rng(0).uniform(size=(3, 8, 8, 3)).astype(np.float32)
 CNN = models.cnn(4, widths=(4,), hidden=8, batch_norm=True, mean=0.4, std=0.3)
@@ -141,7 +143,7 @@ def test_what_is_not_installed_is_told_in_a_line(format, monkeypatch):
 
 def config(**start):
     attack = dict(name="pgd", steps=2)
-    return configuring.config(
+    return tree.config(
         data=dict(name="digits", holdout=100, limit_train=128, limit_test=40),
         network=dict(
             name="preact_resnet", depths=(1, 2), width=4, variant="kuangliu", mean=0.3, std=0.5
@@ -196,7 +198,7 @@ def test_a_published_file_becomes_a_run(tmp_path, suffix):
         torch.save({"epoch": 3, "state_dict": tensors}, file)
     experiment = build.experiment(config(classifier=str(file)))
     adopt.adopt(experiment, tmp_path / "run")
-    found, step = loading.load(experiment, tmp_path / "run")
+    found, step = loading.restore(experiment, tmp_path / "run")
     assert step == 0
     same(found, variables)
     told = (tmp_path / "run" / "provenance.json").read_bytes()

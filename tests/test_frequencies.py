@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, frequencies, loading, train, workdir
+from experiments import cli, frequencies, train
 from rain_jax import data
+from rain_jax.config import build, tree
 from rain_jax.image import band_energy, low_pass, radial_spectrum
+from rain_jax.runs import loading, workdir
 
 BITS = dict(name="bit_depth", bits=8)
 RAIN = dict(name="rain", upscaler=dict(name="edsr", blocks=1, width=4, mean=0.5), reach=0.3)
@@ -19,7 +21,7 @@ RAIN = dict(name="rain", upscaler=dict(name="edsr", blocks=1, width=4, mean=0.5)
 def experiment_of(tmp_path, **sections):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole["evaluation"] = {
         "images": 20, "batch_size": 10, "attacks": {"fgsm": {"name": "fgsm"}}, "checks": False
     }  # fmt: skip
@@ -142,12 +144,12 @@ def test_larger_results_have_their_own_frequencies(tmp_path):
 def test_the_command_writes_curves_and_figure(tmp_path, capfd):
     run = tmp_path / "run"
     experiment = experiment_of(tmp_path, defence=BITS, method=dict(name="natural"), validation=None)
-    train.main(configuring.changed(experiment.config, [("training.epochs", 0.2)]), run)
+    train.main(tree.changed(experiment.config, [("training.epochs", 0.2)]), run)
     cli.run(frequencies.main, workdir.read_config, ["frequencies", f"--workdir={run}"])
     assert f"{run / 'frequencies.png'} and .json" in capfd.readouterr().out
     record = json.loads((run / "frequencies.json").read_text())
     assert record["images"] == 20
-    assert record["step"] == loading.load(experiment, run)[1]
+    assert record["step"] == loading.restore(experiment, run)[1]
     assert (run / "frequencies.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit) as ended:
         cli.run(frequencies.main, workdir.read_config, ["frequencies", f"--workdir={tmp_path}"])

@@ -12,27 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import (
-    build,
-    cli,
-    configuring,
-    defended,
-    evaluate,
-    ladder,
-    loading,
-    measure,
-    proof,
-    report,
-    start,
-    train,
-)
+from experiments import cli, evaluate, proof, report, train
 from rain_jax import attacks, data, evaluation
 from rain_jax.checks import UsageError
+from rain_jax.config import build, ladder, networks, tree
 from rain_jax.defences.tables import Statistics
 from rain_jax.evaluation import audit, probe, resume
 from rain_jax.gradients import eot, exact
 from rain_jax.losses import margin
 from rain_jax.parallel import choose_devices, image_keys, place
+from rain_jax.runs import evaluating, initial_weights, loading
 from rain_jax.types import Batch
 
 TINY = dict(steps=2, draws=2, restarts=1, queries=4, answers=2, sweep_draws=(1, 2),
@@ -45,10 +34,10 @@ VOTE = dict(key="defence.level", values=(15.0, 60.0))
 def experiment_of(tmp_path, *changes, **sections):
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole["evaluation"] = {"images": 20, "batch_size": 10, "ladder": TINY}
     whole["parallel"]["devices"] = 1
-    return build.experiment(configuring.changed({**whole, **sections}, changes))
+    return build.experiment(tree.changed({**whole, **sections}, changes))
 
 
 def weights(experiment):
@@ -59,11 +48,11 @@ def weights(experiment):
 def before(tmp_path_factory):
     """A small run of a network without defence that is over: its folder, and what it learned."""
     folder = tmp_path_factory.mktemp("before")
-    plain = configuring.plain(experiment_of(folder).config)
+    plain = tree.plain(experiment_of(folder).config)
     plain["method"], plain["validation"] = {"name": "natural"}, None
     plain["evaluation"] = {"attacks": {"noise": {"name": "noise"}}, "images": 10, "checks": False}
-    train.main(configuring.changed(plain, [("training.epochs", 0.2)]), folder / "run")
-    return folder / "run", loading.load(build.experiment(plain), folder / "run")[0]
+    train.main(tree.changed(plain, [("training.epochs", 0.2)]), folder / "run")
+    return folder / "run", loading.restore(build.experiment(plain), folder / "run")[0]
 
 
 # --- Rungs ------------------------------------------------------------------------------------
@@ -72,7 +61,7 @@ def before(tmp_path_factory):
 def test_a_random_defence_is_attacked_in_expectation_and_through_every_surrogate(tmp_path):
     experiment = experiment_of(tmp_path, defence=RAIN)
     assert experiment.evaluation.draws == 20
-    looks = experiment.looks
+    looks = experiment.columns
     assert {"eot_ce", "eot_margin", "apgd", "square", "rays", "transfer", "gray"} <= set(looks)
     for name in ("average", "average_one_shift", "identity"):
         assert looks[name].through == name
@@ -88,13 +77,13 @@ def test_a_random_defence_is_attacked_in_expectation_and_through_every_surrogate
     ("radius", "far"), [(4 / 255, 64 / 255), (8 / 255, 64 / 255), (0.05, 0.4), (0.3, 0.5)]
 )
 def test_far_away_is_far_of_any_threat(radius, far, tmp_path):
-    looks = experiment_of(tmp_path, threat=dict(norm="linf", radius=radius)).looks
+    looks = experiment_of(tmp_path, threat=dict(norm="linf", radius=radius)).columns
     assert looks["far"].threat.radius == pytest.approx(far)
 
 
 def test_an_official_attack_at_the_threats_own_radius_counts(tmp_path):
     threat = dict(norm="linf", radius=8 / 255)
-    looks = experiment_of(tmp_path, defence=RAIN, threat=threat).looks
+    looks = experiment_of(tmp_path, defence=RAIN, threat=threat).columns
     checks = [name for name, look in looks.items() if look.threat is not None]
     assert checks == ["official_pgd", "far"]
 
@@ -102,7 +91,7 @@ def test_an_official_attack_at_the_threats_own_radius_counts(tmp_path):
 def test_a_fixed_defence_meets_the_standard_suite_and_its_members_one_by_one(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG, ensemble=VOTE)
     assert experiment.evaluation.draws == 1
-    looks = experiment.looks
+    looks = experiment.columns
     assert {"apgd_ce", "apgd_t", "fab_t", "cubic", "survivors", "identity"} <= set(looks)
     for name in ("mean", "margins", "member:0", "member:1"):
         assert looks[name].through == name
@@ -122,20 +111,20 @@ def test_members_may_differ_in_a_whole_number(tmp_path):
 
 def test_surrogates_can_be_chosen_and_the_run_before_is_what_transfers(tmp_path):
     chosen = experiment_of(tmp_path, ("evaluation.ladder.surrogates", ["identity"]), defence=JPEG)
-    assert "identity" in chosen.looks
-    assert "cubic" not in chosen.looks
+    assert "identity" in chosen.columns
+    assert "cubic" not in chosen.columns
     after = experiment_of(tmp_path, defence=JPEG, start=dict(classifier="runs/before"))
-    assert after.looks["transfer"].through == "run:runs/before"
+    assert after.columns["transfer"].through == "run:runs/before"
     # Then the fine-tuned classifier without its defence is a rung of its own.
-    assert after.looks["gray"].through == "classifier"
+    assert after.columns["gray"].through == "classifier"
 
 
 def test_other_norms_have_the_rungs_that_exist_there(tmp_path):
-    found = experiment_of(tmp_path, defence=JPEG, threat=dict(norm="l2", radius=0.5)).looks
+    found = experiment_of(tmp_path, defence=JPEG, threat=dict(norm="l2", radius=0.5)).columns
     assert "square" in found
     assert "rays" not in found
     assert found["far"].threat.radius == pytest.approx(4.0)
-    found = experiment_of(tmp_path, defence=JPEG, threat=dict(norm="l1", radius=2.0)).looks
+    found = experiment_of(tmp_path, defence=JPEG, threat=dict(norm="l1", radius=2.0)).columns
     assert "square" not in found
     assert "apgd_ce" not in found
 
@@ -243,10 +232,10 @@ def test_every_rung_spends_what_is_promised(config, full, small, monkeypatch):
     whole = cli.load_config(f"{configs / config}.py:full")
     climbed = {**whole, **cli.load_config(str(configs / "ladder.py"))}
     experiment = build.experiment(
-        configuring.changed(climbed, [("evaluation.ladder.elsewhere", "runs/other")])
+        tree.changed(climbed, [("evaluation.ladder.elsewhere", "runs/other")])
     )
     assert experiment.evaluation.images == 1000
-    found = {name: look for name, look in experiment.looks.items() if name != "noise"}
+    found = {name: look for name, look in experiment.columns.items() if name != "noise"}
     fixed = {name for name, row in full.items() if not isinstance(row, Spent)}
     assert {n: spent(look, moving=n not in fixed) for n, look in found.items()} == full
 
@@ -320,7 +309,7 @@ def test_it_is_climbed_judged_and_checked(tmp_path, defence):
     )
     row, _ = evaluate.evaluate(experiment, weights(experiment), tmp_path, "untrained", 0)
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(record["attacks"]) == set(experiment.looks)
+    assert set(record["attacks"]) == set(experiment.columns)
     found = record["ladder"]
     names = [check["name"] for check in found["checks"]]
     assert "nothing stands far away" in names
@@ -354,15 +343,15 @@ def test_images_made_elsewhere_are_made_against_the_other_runs_model(before, cli
     record = json.loads((folder / "evaluation.json").read_text())
     assert record["attacks"]["elsewhere"]["through"] == f"run:{before[0]}"
     seen = np.load(folder / "verdicts.npz")
-    of = defended.logits_fn_of(experiment.network)
-    attack = experiment.looks["elsewhere"].attack
+    of = networks.logits_fn_of(experiment.network)
+    attack = experiment.columns["elsewhere"].attack
     source = data.first(experiment.splits.test, 20)
     (batch,) = data.evaluation_batches(source, 20)
 
     @jax.jit
     def margins(against):
         """Of the network that is judged, on what is made against another."""
-        keys = image_keys(measure.key_of(experiment.seed, "elsewhere"), jnp.asarray(batch.index))
+        keys = image_keys(evaluating.key_of(experiment.seed, "elsewhere"), jnp.asarray(batch.index))
         keys, _ = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the others are the judge's
         images = jax.vmap(lambda k, x, y: attack(k, of(against), x, y))(
             keys, data.as_float(batch.image), batch.label
@@ -412,7 +401,7 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 
     def measured(*changes):
         experiment = experiment_of(tmp_path, *changes)
-        measure.evaluation_of(experiment, weights(experiment), "untrained", tmp_path)()
+        evaluating.evaluation_of(experiment, weights(experiment), "untrained", tmp_path)()
 
     measured(("evaluation.ladder.without", spared))
     taken = []
@@ -437,7 +426,7 @@ def test_rungs_that_are_climbed_stay_so_when_others_are_left_out(tmp_path, monke
 def test_a_sweeps_cells_are_the_runs_of_their_own(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG)
     variables = weights(experiment)
-    of = defended.logits_fn_of(experiment.network)
+    of = networks.logits_fn_of(experiment.network)
     devices = place("shard_map", choose_devices(1))
     judge = evaluation.judging(of, evaluation.Rules(experiment.threat), devices, batch_size=10)
     batches = list(data.evaluation_batches(data.first(experiment.splits.test, 20), 10))
@@ -468,7 +457,7 @@ def test_a_sweeps_cells_are_the_runs_of_their_own(tmp_path):
 def test_stops_do_not_compile_again(tmp_path):
     experiment = experiment_of(tmp_path, defence=JPEG)
     attack = attacks.pgd(experiment.threat, steps=9, step_size=0.02)
-    of, traced = defended.logits_fn_of(experiment.network), []
+    of, traced = networks.logits_fn_of(experiment.network), []
 
     def seen(variables):
         traced.append(variables)
@@ -553,7 +542,7 @@ def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
         tmp_path, defence=JPEG, ensemble=VOTE, start=dict(classifier=str(before))
     )
     devices = place("shard_map", choose_devices(1))
-    found = start.begun(experiment, weights(experiment), devices)
+    found = initial_weights.begun(experiment, weights(experiment), devices)
     for m in range(2):
         jax.tree.map(
             lambda a, b, m=m: np.testing.assert_array_equal(np.asarray(a)[m], b),
@@ -566,10 +555,10 @@ def test_members_all_begin_with_the_classifier_of_another_run(before, tmp_path):
         tmp_path, ("network.widths", [4]), defence=JPEG, start=dict(classifier=str(before))
     )
     with pytest.raises(UsageError, match="of another network"):
-        start.begun(other, weights(other), devices)
+        initial_weights.begun(other, weights(other), devices)
     nowhere = experiment_of(tmp_path, defence=JPEG, start=dict(classifier=str(tmp_path / "no")))
     with pytest.raises(UsageError, match="expected the folder of a run"):
-        start.begun(nowhere, weights(nowhere), devices)
+        initial_weights.begun(nowhere, weights(nowhere), devices)
 
 
 # --- Configs ----------------------------------------------------------------------------------
@@ -586,7 +575,7 @@ PARTS = [
 
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
-    spec = configuring.plain(cli.load_config(str(CONFIGS / part)))
+    spec = tree.plain(cli.load_config(str(CONFIGS / part)))
     if spec["defence"].get("statistics"):
         np.savez(
             tmp_path / "statistics.npz", **{name: np.ones((3, 8, 8)) for name in Statistics._fields}
@@ -596,9 +585,9 @@ def test_parts_of_a_defence_meet_the_ladder(part, tmp_path):
     found = experiment_of(tmp_path, **{name: spec[name] for name in kept})
     name = part.partition(":")[2]
     assert found.network.random == (name in DRAWING)
-    assert ("eot_margin" in found.looks) == (name in DRAWING)
-    assert ("fab_t" in found.looks) == (name not in DRAWING)
-    members = sum(rung.startswith("member:") for rung in found.looks)
+    assert ("eot_margin" in found.columns) == (name in DRAWING)
+    assert ("fab_t" in found.columns) == (name not in DRAWING)
+    members = sum(rung.startswith("member:") for rung in found.columns)
     assert members == VOTES.get(name, 0)
 
 
@@ -627,9 +616,9 @@ def test_a_ladder_that_would_measure_something_else_is_refused(tmp_path, change,
     scope: dict = {}
     exec(commands.write_config(tmp_path).read_text(), scope)
     begun = [("evaluation.attacks.pgd40", None), ("evaluation.ladder", dict(steps=3))]
-    build.experiment(configuring.changed(scope["get_config"](), begun))
+    build.experiment(tree.changed(scope["get_config"](), begun))
     with pytest.raises(build.UsageError, match=message):
-        build.experiment(configuring.changed(scope["get_config"](), [*begun, change]))
+        build.experiment(tree.changed(scope["get_config"](), [*begun, change]))
 
 
 def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path):
@@ -637,6 +626,6 @@ def test_another_runs_folder_is_looked_for_before_anything_is_measured(tmp_path)
     exec(commands.write_config(tmp_path).read_text(), scope)
     elsewhere = [("evaluation.ladder", dict(steps=3, elsewhere=str(tmp_path / "nowhere")))]
     begun = [("evaluation.attacks.pgd40", None), *elsewhere]
-    experiment = build.experiment(configuring.changed(scope["get_config"](), begun))
+    experiment = build.experiment(tree.changed(scope["get_config"](), begun))
     with pytest.raises(build.UsageError, match="nowhere: expected the folder of a run"):
         evaluate.evaluate(experiment, weights(experiment), tmp_path, "untrained", 0)

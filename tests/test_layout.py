@@ -18,6 +18,8 @@ FLOORS = [
      "optimisers", "training", "checkpoints", "logs"],
     ["attacks", "defences", "methods", "bridges", "adapters"],
     ["evaluation"],
+    ["config"],
+    ["runs"],
 ]  # fmt: skip
 # Within the tools, the few that lean on another one. Everything else on a floor is a stranger.
 NEIGHBOURS = {
@@ -32,10 +34,10 @@ DOORS = {
     "tensorflow_datasets": ["data"],
     "grain": ["data"],
     "orbax": ["checkpoints"],
-    "ml_collections": [],
+    "ml_collections": ["config"],
     "matplotlib": [],
     "absl": ["checkpoints", "data"],
-    "torch": ["bridges"],
+    "torch": ["bridges", "runs"],  # the latter reads weights from files
 }
 
 

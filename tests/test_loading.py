@@ -6,13 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, cli, configuring, evaluate, loading, train, workdir
-from experiments.defended import logits_fn_of
+import rain_jax
+from experiments import cli, evaluate, train
 from rain_jax import data, defences, models
+from rain_jax.attacks import fgsm
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.defences.network import in_front, parts_of, with_parts
 from rain_jax.defences.tables import fd_table
 from rain_jax.image import standard_tables
+from rain_jax.runs import evaluations, loading, workdir
 
 NETWORK = dict(name="cnn", widths=(4,), hidden=8, batch_norm=True, modulation="film")
 IMAGES = 40
@@ -22,12 +26,12 @@ def trained(folder, **sections):
     """A few steps on digits behind JPEG."""
     scope: dict = {}
     exec(commands.write_config(folder).read_text(), scope)
-    whole = configuring.plain(scope["get_config"]())
+    whole = tree.plain(scope["get_config"]())
     whole |= {"network": NETWORK, "method": {"name": "natural"}, "validation": None, **sections}
     whole["training"] = dict(epochs=1, batch_size=64)
     whole["parallel"] = dict(devices=1)
     whole["evaluation"] = dict(images=IMAGES, checks=False, attacks=dict(fgsm=dict(name="fgsm")))
-    train.main(configuring.config(**whole), folder / "run")
+    train.main(tree.config(**whole), folder / "run")
     return folder / "run"
 
 
@@ -45,9 +49,33 @@ def voting(tmp_path_factory):
     )
 
 
+def test_a_run_is_a_model_in_one_line(run):
+    """The command's own verdicts, of nothing but the run's folder and the images."""
+    network, variables = model = rain_jax.load(run)
+    experiment = build.experiment(workdir.read_config(run))
+    images, labels = data.resident(data.first(experiment.splits.test, IMAGES))
+    threat = experiment.threat
+    attacks = {"fgsm": fgsm(threat)}
+    result = rain_jax.evaluate(
+        model, images, labels, threat, attacks, cascade=False, batch_size=256, checks=False
+    )
+    with np.load(evaluations.latest(run) / "verdicts.npz") as record:
+        for title in ("clean", "fgsm"):
+            margin = result.run.columns[title].judgement.margin
+            np.testing.assert_allclose(margin, record[f"{title}/margin"], atol=1e-5)
+            np.testing.assert_array_equal(margin < 0, record[f"{title}/right"])
+    logits, _ = network.apply(variables, images)
+    assert np.mean(np.argmax(logits, -1) == labels) == result.clean_accuracy > 0
+
+
+def test_what_is_no_run_is_no_model(tmp_path):
+    with pytest.raises(UsageError, match="expected the folder of a run"):
+        rain_jax.load(tmp_path)
+
+
 def loaded(folder, *changes):
-    experiment = build.experiment(configuring.changed(workdir.read_config(folder), changes))
-    return experiment, loading.load(experiment, folder)[0]
+    experiment = build.experiment(tree.changed(workdir.read_config(folder), changes))
+    return experiment, loading.restore(experiment, folder)[0]
 
 
 def logits_of(experiment, variables):

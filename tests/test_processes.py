@@ -7,8 +7,8 @@ import commands
 import numpy as np
 import pytest
 
-from experiments import workdir
 from rain_jax import data
+from rain_jax.runs import workdir
 
 MAPPINGS = ("shard_map", "pmap")
 # What is looked at in between and afterwards does not turn on the feed: less to compile, and only

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring, perturbations, rat, train
+from experiments import perturbations, rat, train
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.parallel import AXIS
 from rain_jax.types import Batch
 
@@ -41,7 +42,7 @@ def run(config, folder):
 def config(tmp_path_factory):
     """One round for a small CNN that has been trained naturally."""
     folder = tmp_path_factory.mktemp("start")
-    natural = configuring.config(
+    natural = tree.config(
         **SHARED,
         method=dict(name="natural"),
         schedule=dict(name="constant", peak=0.05),
@@ -187,7 +188,7 @@ def test_mistakes_are_told_before_anything_runs(config, change, message):
 
 
 def test_training_alone_says_where_its_perturbations_come_from(config, tmp_path):
-    spec = configuring.plain(config)
+    spec = tree.plain(config)
     del spec["rat"]
     with pytest.raises(UsageError, match=r"config\.method\.name.*python -m experiments\.rat"):
-        train.main(configuring.config(**spec), tmp_path / "run")
+        train.main(tree.config(**spec), tmp_path / "run")

@@ -13,8 +13,8 @@ import commands
 import numpy as np
 import pytest
 
-from experiments import workdir
 from rain_jax.checks import UsageError
+from rain_jax.runs import workdir
 
 TOTAL = 30  # steps of the config in `commands`
 SAVES = 3  # steps between checkpoints

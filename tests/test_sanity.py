@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import build, configuring, evaluate, measure, report, sanity
+from experiments import evaluate, report, sanity
 from rain_jax import attacks
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.evaluation import audit, probe
 from rain_jax.evaluation.resume import FOLDER
+from rain_jax.runs import evaluating
 from rain_jax.types import Network
 
 # Images that are darker or brighter than 0.5 on average, which is their label, by so much. In
@@ -47,7 +49,7 @@ def experiment_of(file):
     """Of a model that is one function `(key, image) -> logits [3]`, and of some attacks."""
     scope: dict[str, Any] = {}
     exec(commands.CONFIG, scope)
-    plain = configuring.plain(scope["get_config"]())
+    plain = tree.plain(scope["get_config"]())
     plain["data"] = dict(name=f"arrays:{file}")
     plain["validation"] = None
     plain["parallel"] = dict(devices=1)
@@ -55,7 +57,7 @@ def experiment_of(file):
 
     def made(function=None, *changes, random=False, **columns):
         spec = dict(attacks=columns or dict(pgd=PGD), batch_size=64)
-        built = build.experiment(configuring.changed({**plain, "evaluation": spec}, changes))
+        built = build.experiment(tree.changed({**plain, "evaluation": spec}, changes))
         if function is not None:
             built = built._replace(network=network_of(function, random))
         return built
@@ -101,7 +103,7 @@ def told(experiment, folder):
 
 def planned(experiment):
     """The evaluation of an experiment, without trained weights."""
-    return measure.evaluation_of(experiment, {"params": {}}, "model")
+    return evaluating.evaluation_of(experiment, {"params": {}}, "model")
 
 
 def failing(checks):
@@ -254,7 +256,10 @@ def test_a_defence_is_flagged_whose_surrogates_nobody_climbs(
     experiment = experiment_of(sound)
     straight = network_of(sound)
     experiment = experiment._replace(
-        looks={**experiment.looks, "other": experiment.looks["pgd"]._replace(through=through)},
+        columns={
+            **experiment.columns,
+            "other": experiment.columns["pgd"]._replace(through=through),
+        },
         assembly=experiment.assembly._replace(
             through=lambda form: straight, forms=("classifier", "cubic", "gray")
         ),
@@ -270,9 +275,12 @@ def test_a_quantised_model_is_flagged_wherever_its_number_stands(experiment_of, 
     experiment = experiment_of(quantised, **EASY)
     straight = network_of(sound)
     experiment = experiment._replace(
-        looks={**experiment.looks, "other": experiment.looks["pgd"]._replace(through="classifier")},
+        columns={
+            **experiment.columns,
+            "other": experiment.columns["pgd"]._replace(through="classifier"),
+        },
         assembly=experiment.assembly._replace(through=lambda form: straight),
-    )  # fmt: skip
+    )
     row, record = told(experiment, tmp_path)
     found = failing(record["checks"])
     assert {
@@ -350,8 +358,8 @@ def test_an_attack_that_leaves_the_threat_is_flagged(experiment_of, tmp_path):
     """Its images count as unbroken, so that the model looks as good as on clean ones."""
     experiment = experiment_of(sound, pgd=PGD, fgsm=FGSM)
     wide = experiment.threat._replace(radius=2 * experiment.threat.radius)
-    given = experiment.looks["pgd"]._replace(attack=attacks.pgd(wide, steps=5, step_size=1.0))
-    row, record = told(experiment._replace(looks={**experiment.looks, "pgd": given}), tmp_path)
+    given = experiment.columns["pgd"]._replace(attack=attacks.pgd(wide, steps=5, step_size=1.0))
+    row, record = told(experiment._replace(columns={**experiment.columns, "pgd": given}), tmp_path)
     assert record["attacks"]["pgd"]["outside_the_threat"] > 0
     assert "pgd keeps to the threat" in failing(record["checks"])
     assert "fgsm keeps to the threat" not in failing(record["checks"])
@@ -491,8 +499,8 @@ def test_which_attacks_see_gradients(experiment_of, column, kind):
 )  # fmt: skip
 def test_forms_that_are_not_the_model_are_transfer(experiment_of, form, kind):
     experiment = experiment_of(None)
-    look = experiment.looks["pgd"]._replace(through=form)
-    assert audit.kind_of(planned(experiment._replace(looks={"pgd": look})).columns["pgd"]) == kind
+    look = experiment.columns["pgd"]._replace(through=form)
+    assert audit.kind_of(planned(experiment._replace(columns={"pgd": look})).columns["pgd"]) == kind
 
 
 @pytest.mark.parametrize("share", [audit._BLIND, audit.SILENT, audit.LEFT, audit._UNCHANGED])

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import build, cli, configuring, scaling
+from experiments import cli, scaling
 from experiments.scaling_counts import hlo, programs, roofline, sending, working
 from experiments.scaling_counts.roofline import Machine
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import choose_devices, place
 
@@ -226,7 +227,7 @@ NATURAL = ("method.name", "natural")  # compiles soon
 
 def experiment_of(folder, *changes):
     path = commands.write_config(folder)
-    return build.experiment(configuring.changed(cli.load_config(str(path)), changes))
+    return build.experiment(tree.changed(cli.load_config(str(path)), changes))
 
 
 @pytest.mark.parametrize("mode", ["eval", "batch", "train"])
@@ -412,7 +413,7 @@ def test_job_files_name_commands_and_configs_that_exist():
                 for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", said)
             ]
             if "sweep" not in spec:
-                configuring.changed(spec, changes)
+                tree.changed(spec, changes)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

@@ -13,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring, defended, loading, measure, schema, sweep
+from experiments import sweep
 from experiments.cli import load_config
 from experiments.pages import load, studies
-from experiments.running import items_of, no_sums
-from experiments.steps import plan_of
 from experiments.sweeping import grid, ledger, plan, told
 from rain_jax import attacks, data, evaluation, models, norms
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.config import build, networks, schema, tree
 from rain_jax.defences import jpeg
 from rain_jax.defences.network import in_front
 from rain_jax.evaluation.record import counted
 from rain_jax.image import standard_tables
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import evaluating, loading
+from rain_jax.runs.session import items_of, no_sums
+from rain_jax.runs.step_programs import plan_of
 from rain_jax.types import Batch, Threat
 
 COUNT = 40
@@ -34,7 +36,7 @@ RADII = (0.02, 0.06, 0.12)
 
 
 def base(**sections) -> dict[str, Any]:
-    return configuring.plain(configuring.config(
+    return tree.plain(tree.config(
         **{
             "seed": 3,
             "data": dict(name="digits", limit_train=640, limit_test=COUNT),
@@ -97,11 +99,11 @@ def swept(trained: Path, folder: Path, *arguments: str) -> tuple[dict[str, Any],
 
 def evaluated(trained: Path, changes: list[tuple[str, Any]], variables: Any = None) -> np.ndarray:
     """What an evaluation says of the same settings, image by image."""
-    experiment = build.experiment(configuring.changed(json.loads(
+    experiment = build.experiment(tree.changed(json.loads(
         (trained / "config.json").read_text()), changes))  # fmt: skip
     if variables is None:
-        variables, _ = loading.load(experiment, trained)
-    return measure.evaluation_of(experiment, variables, "alone")().robust["pgd"]
+        variables, _ = loading.restore(experiment, trained)
+    return evaluating.evaluation_of(experiment, variables, "alone")().robust["pgd"]
 
 
 NUMBERS = [
@@ -261,7 +263,7 @@ def test_fixed_collections_follow_the_settings_and_weights_stay():
     classifier = models.cnn(10, widths=(4,), hidden=16)
     low, high = (in_front(jpeg(quality=quality), classifier) for quality in (10, 90))
     variables = drawn.of(low, shape)
-    found = defended.followed(high, variables, shape)
+    found = networks.followed(high, variables, shape)
     luma, chroma = standard_tables(90)
     tables = found["frozen"]["defence"]["tables"]
     np.testing.assert_array_equal(tables["luma"], luma)
@@ -519,7 +521,7 @@ def test_trained_cells_are_runs_of_their_own(tmp_path, monkeypatch, capsys):
             worst_case=row, clean=row, data="digits", images=20, checks=checks, flagged=False
         )
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(configuring.plain(config)))
+        (folder / "config.json").write_text(json.dumps(tree.plain(config)))
         (folder / "evaluation.json").write_text(json.dumps(record))
 
     monkeypatch.setattr(sweep.train, "main", train)
@@ -561,7 +563,7 @@ def test_the_examples_describe_sweeps(name, cells):
     assert len(found.cells) == cells
     cell = grid.config_of(found, found.cells[-1], base())
     # These are the digits, and few: all of them.
-    build.experiment(configuring.changed(cell, [("evaluation.images", None)]))
+    build.experiment(tree.changed(cell, [("evaluation.images", None)]))
     if name == "sweep_radius.py":
         assert cell["threat"]["radius"] == pytest.approx(16 / 255)
 

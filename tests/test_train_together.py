@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, configuring, evaluate, running, steps, sweep, train
+from experiments import evaluate, sweep, train
 from experiments.sweeping import grid, side_by_side
 from experiments.sweeping.side_by_side import Group, groups
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.parallel import choose_devices, place
+from rain_jax.runs import session, step_programs
 from rain_jax.training import Diverged
 
 TOTAL, SAVES = 6, 2  # steps of `base`, and between checkpoints
@@ -25,7 +27,7 @@ CELLS = [dict(threshold=threshold, seed=seed) for threshold in (0.5, 0.2) for se
 
 
 def base(**sections) -> dict[str, Any]:
-    return configuring.plain(configuring.config(
+    return tree.plain(tree.config(
         **{
             "data": dict(name="digits", holdout=20, limit_train=96, limit_test=20),
             "network": dict(name="cnn", widths=(4,), hidden=8),
@@ -104,7 +106,7 @@ def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "side_by_side", lambda *given: None)
     for place_of, cell in zip(cells_of(four[0]), CELLS, strict=True):
         own = tmp_path / place_of.name
-        spec = configuring.changed(
+        spec = tree.changed(
             base(), [("method.threshold", cell["threshold"]), ("seed", cell["seed"])]
         )
         train.main(spec, own)
@@ -112,7 +114,7 @@ def test_members_end_as_if_each_were_alone(four, tmp_path, monkeypatch):
         assert step == wanted == TOTAL
         commands.assert_same(found, leaves)
         assert commands.metrics(place_of) == commands.metrics(own)
-        assert configuring.plain(json.loads((place_of / "config.json").read_text())) == json.loads(
+        assert tree.plain(json.loads((place_of / "config.json").read_text())) == json.loads(
             (own / "config.json").read_text()
         )
         assert entries(own) < entries(place_of)
@@ -162,8 +164,7 @@ def test_killed_between_the_saves_of_two_members_they_end_with_the_same_bits(
 
 def changed(*changes: dict[str, Any], **sections: Any) -> list[build.Experiment]:
     return [
-        build.experiment(configuring.changed(base(**sections), list(change.items())))
-        for change in changes
+        build.experiment(tree.changed(base(**sections), list(change.items()))) for change in changes
     ]
 
 
@@ -228,7 +229,7 @@ def begun(experiments: list[build.Experiment], plan: Any, devices: Any) -> list[
 def test_members_on_two_devices_in_one_batch_learn_the_same(mapping):
     """Two steps as an accelerator takes them, beside each member alone on one device."""
     experiments = changed({"seed": 0}, {"seed": 1, "method.threshold": 0.2})
-    plan = steps.plan_of(experiments[0])
+    plan = step_programs.plan_of(experiments[0])
     two, one = place(mapping, choose_devices(2)), place("shard_map", choose_devices(1))
     course = side_by_side.beside(experiments, ("method.threshold",), plan, two, how="vmap")
     joined, metrics = walked(course, begun(experiments, plan, two))
@@ -245,7 +246,7 @@ def test_members_on_two_devices_in_one_batch_learn_the_same(mapping):
 
 def test_the_member_that_diverged_is_named(tmp_path):
     members = [
-        running.Member(experiment, tmp_path / str(number), f"cell {number}", lambda devices: None)
+        session.Member(experiment, tmp_path / str(number), f"cell {number}", lambda devices: None)
         for number, experiment in enumerate(changed({"seed": 0}, {"seed": 1}))
     ]
     losses = iter([[1.0, 2.0], [1.0, np.nan], [1.0, 2.0]])

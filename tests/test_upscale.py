@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image as pillow
 
-from experiments import steps, upscale
+from experiments import upscale
 from experiments.cli import load_config
 from rain_jax.checks import UsageError
+from rain_jax.runs import step_programs
 
 CONFIG = '''"""A tiny EDSR."""
 
@@ -104,7 +105,7 @@ def test_the_configs_in_the_house_are_of_this_command(name, config):
     spec["data"] = {"name": load_config(str(config))["data"]["name"], "holdout": 8}
     built = upscale.experiment(spec)
     assert built.upscaler.factor == 2
-    assert steps.plan_of(built).per_epoch == 72 // 16
+    assert step_programs.plan_of(built).per_epoch == 72 // 16
 
 
 @pytest.mark.parametrize("text", ["edsr.py", "edsr.py:bicubic"])

@@ -13,10 +13,10 @@ from experiments.benching.clock import Row, Side
 from experiments.benching.counted import gflop_of
 from experiments.benching.images import cores, pictures
 from experiments.benching.training import Workload, known, twin
-from experiments.defended import logits_fn_of
 from rain_jax import attacks, evaluation, norms
 from rain_jax.attacks import suites
 from rain_jax.checks import within
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.evaluation import Lanes
 from rain_jax.parallel import Devices
 from rain_jax.types import Batch, Iteration, Key, LogitsFn, Threat, Variables

@@ -13,9 +13,9 @@ import optax
 from experiments.benching import recipe
 from experiments.benching.clock import Program, Row, Side
 from experiments.benching.images import cores, laid, pictures
-from experiments.schema import call, registered
 from rain_jax import attacks, methods, models, norms, optimisers, training
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.config.schema import call, registered
 from rain_jax.losses import kl
 from rain_jax.methods.awp import awp
 from rain_jax.methods.fast import SECOND_LOOK

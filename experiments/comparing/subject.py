@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, loading, workdir
-from experiments.defended import logits_fn_of
 from rain_jax import data, evaluation
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.parallel import Devices, choose_devices, place
+from rain_jax.runs import loading, workdir
 from rain_jax.types import Array, Batch, Key, LogitsFn, Variables
 
 SHIFTS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # as `twins.SHIFTS`
@@ -54,7 +55,7 @@ def subject(folder: Path, images: int, random: str | None, batch_size: int) -> S
     if random == "weights":
         variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, *source.shape)))
     else:
-        variables, _ = loading.load(experiment, folder)
+        variables, _ = loading.restore(experiment, folder)
     network = experiment.config["network"]
     twin = twins.twin(network, jax.tree.map(np.asarray, variables))
     of = logits_fn_of(experiment.network)

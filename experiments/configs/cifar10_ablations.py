@@ -23,8 +23,8 @@ from typing import Any
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import PGD20, cifar10_small, row
+from rain_jax.config import config
 
 BICUBIC = dict(name="rain", upscaler=dict(name="bicubic"), reach=0.1)
 OWN_TABLE = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")

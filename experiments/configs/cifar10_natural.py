@@ -5,8 +5,8 @@ python -m experiments.train --config=experiments/configs/cifar10_natural.py
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import PGD20, cifar10_small
+from rain_jax.config import config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -18,8 +18,8 @@ from typing import Any
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import PGD20, cifar10_small, row
+from rain_jax.config import config
 
 OWN = dict(name="nn_jpeg", table="nn", statistics="runs/cifar10_natural/statistics.npz")
 

@@ -11,8 +11,8 @@ super-resolution network learns to serve it, by cross-entropy on clean images. T
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import EOT_PGD20, cifar10_small
+from rain_jax.config import config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -18,8 +18,8 @@ cycle at batch 256, in bfloat16. On one H200 beside other work, seed 0: 397 s; o
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, PGD20, Sections, row, with_changes
+from rain_jax.config import config
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255)
 LENGTHS: dict[str, Sections] = {

@@ -8,7 +8,7 @@ normalised pixels and a learning rate that starts high leave it within the first
 
 import ml_collections
 
-from experiments.configuring import config
+from rain_jax.config import config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ python -m experiments.train --config=experiments/configs/quickstart.py
 
 import ml_collections
 
-from experiments.configuring import config
+from rain_jax.config import config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,9 +11,9 @@ a PreAct ResNet-18, for a GPU: 79.3 [76.7, 81.7], and none (docs/gpu.md).
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import PGD20, stl10
 from rain_jax.checks import one_of
+from rain_jax.config import config
 
 
 def get_config(size: str = "small") -> ml_collections.ConfigDict:

@@ -22,9 +22,9 @@ Seed 0, single passes over 40 test images: 63.0 % right, 0.0 in the worst case o
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import EOT_PGD20, stl10
 from rain_jax.checks import one_of
+from rain_jax.config import config
 
 
 def get_config(size: str = "small") -> ml_collections.ConfigDict:

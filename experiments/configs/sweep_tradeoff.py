@@ -16,8 +16,8 @@ at its random start.
 
 from typing import Any
 
-from experiments.configuring import config, plain
 from experiments.recipes import row
+from rain_jax.config.tree import config, plain
 
 SEEDS = [0, 1, 2]
 PGD = dict(name="pgd", steps=10, step_size=0.03, keep="last")

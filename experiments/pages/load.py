@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import evaluations
 from rain_jax.checks import UsageError
 from rain_jax.evaluation.record import INDEX, VERDICTS
+from rain_jax.runs import evaluations
 
 Record = dict[str, Any]
 Arrays = dict[str, np.ndarray]

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import build, steps
-from experiments.defended import logits_fn_of
 from experiments.scaling_counts import hlo, sending, working
 from rain_jax import evaluation
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.data import as_float
 from rain_jax.models.conv import by_lax
 from rain_jax.parallel import Devices, check_batch_size, image_keys, place
+from rain_jax.runs import step_programs
 from rain_jax.types import Array, AxisName, Batch, Key, PyTree
 
 # Simulated devices need no code that is fast: it is not run.
@@ -91,7 +92,7 @@ def resized(experiment: build.Experiment, batch_size: int) -> build.Experiment:
 
 def state_of(experiment: build.Experiment) -> PyTree:
     """The shapes of the state of training."""
-    method = experiment.method(steps.plan_of(experiment))
+    method = experiment.method(step_programs.plan_of(experiment))
     images = jax.ShapeDtypeStruct((1, *experiment.splits.train.shape), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(method.init, jax.eval_shape(experiment.network.init, key, images))
@@ -124,15 +125,15 @@ def training_step(experiment: build.Experiment, devices: Sequence[Any]) -> Count
 
     `pmap` makes the same program.
     """
-    plan = steps.plan_of(experiment)
+    plan = step_programs.plan_of(experiment)
     check_batch_size("config.training.batch_size", plan.batch_size, len(devices))
     there = place("shard_map", devices, overlap=experiment.parallel.overlap)
-    step = steps.make_step(experiment, experiment.method(plan), plan, _lowering(there))
-    source, keys = experiment.splits.train, jax.eval_shape(lambda: steps.keys_of(0))
+    step = step_programs.make_step(experiment, experiment.method(plan), plan, _lowering(there))
+    source, keys = experiment.splits.train, jax.eval_shape(lambda: step_programs.keys_of(0))
     dtype = source.read(0)[0].dtype
-    if steps.is_resident(experiment):
+    if step_programs.is_resident(experiment):
         size = source.size + (source.extra.source.size if source.extra else 0)
-        order = jax.eval_shape(steps.order_of(experiment, plan), keys.order, 0)
+        order = jax.eval_shape(step_programs.order_of(experiment, plan), keys.order, 0)
         images = jax.ShapeDtypeStruct((size, *source.shape), dtype)
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
         numbers = jax.ShapeDtypeStruct((len(devices),), jnp.int32)
@@ -172,7 +173,7 @@ def evaluations(experiment: build.Experiment, devices: Sequence[Any]) -> dict[st
         program = there.map(body, inputs=(False, False, True), outputs=True)
         return program(variables, key, batch)
 
-    attacks = {"clean": None, **{name: look.attack for name, look in experiment.looks.items()}}
+    attacks = {"clean": None, **{name: look.attack for name, look in experiment.columns.items()}}
     return {name: _compiled(partial(lowered, attack), devices) for name, attack in attacks.items()}
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import configuring, defended, looks, settings
 from experiments.cli import value_of
-from experiments.schema import call, filled
 from rain_jax.checks import UsageError, nearest, one_of, within
+from rain_jax.config import attack_columns, networks, options, tree
+from rain_jax.config.schema import call, filled
 from rain_jax.methods.rat import carrying
 from rain_jax.types import Network, Threat
 
@@ -97,7 +97,7 @@ class Asked(NamedTuple):
 
 def changed(config: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> Asked:
     """Splits a file's config and what was typed into the sweep and the rest."""
-    run = configuring.plain(config)
+    run = tree.plain(config)
     spec = dict(run.pop("sweep", None) or {})
     axes = dict(spec.get("axes") or {})
     rest = []
@@ -131,8 +131,8 @@ def _values(key: str, given: Any) -> list[Any]:
 def config_of(asked: Asked, cell: Cell, base: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a cell, whose run's own is `base`."""
     own = [(key, value) for key, value in cell.items() if key != RUN]
-    changed_ = configuring.changed({**base, **asked.sections}, [*asked.changes, *own])
-    return configuring.plain(changed_)
+    changed_ = tree.changed({**base, **asked.sections}, [*asked.changes, *own])
+    return tree.plain(changed_)
 
 
 def title_of(asked: Asked, spec: Mapping[str, Any]) -> str:
@@ -173,31 +173,31 @@ def check_axes(asked: Asked, title: str, column: Mapping[str, Any]) -> None:
 class Parts(NamedTuple):
     """What a cell's config describes, as far as a cell turns on it."""
 
-    look: looks.Look
+    look: attack_columns.Column
     threat: Threat  # of the column
     network: Network  # that is judged
     climbed: Network
-    assembly: defended.Assembly
+    assembly: networks.Assembly
 
 
 def parts(spec: Mapping[str, Any], values: Mapping[str, Any], title: str, classes: int) -> Parts:
     """The same, with `values`, which may be traced, in place of those at their dotted keys."""
     whole = replaced(spec, values)
-    threat: Threat = call("config.threat", configuring.threat, whole["threat"])
+    threat: Threat = call("config.threat", tree.threat, whole["threat"])
     column = {title: whole["evaluation"]["attacks"][title]}
-    look = looks.columns(settings.Evaluation(attacks=column, distances={}), threat)[title]
-    if (look.through or "").startswith(defended.RUN):
+    look = attack_columns.columns(options.Evaluation(attacks=column, distances={}), threat)[title]
+    if (look.through or "").startswith(networks.RUN):
         raise UsageError(
             f"config.evaluation.attacks.{title}.through={look.through!r}: expected a form of the "
             "model itself"
         )
     group = whole["ensemble"]
-    assembly = defended.assembly(
+    assembly = networks.assembly(
         {
             "network": whole["network"],
             "defence": whole["defence"],
-            "start": call("config.start", settings.Start, whole["start"]),
-            "ensemble": group and call("config.ensemble", settings.Ensemble, group),
+            "start": call("config.start", options.Start, whole["start"]),
+            "ensemble": group and call("config.ensemble", options.Ensemble, group),
         },
         classes,
     )

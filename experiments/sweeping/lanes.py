@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.measure import key_of
 from experiments.sweeping import grid
 from experiments.sweeping.plan import Plan, Resolved
 from rain_jax import data, evaluation
 from rain_jax.evaluation import Judgement, Lanes, Passes
+from rain_jax.runs.evaluating import key_of
 from rain_jax.types import Iteration
 
 

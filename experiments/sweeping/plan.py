@@ -10,26 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import (
-    build,
-    corrupted,
-    defended,
-    loading,
-    sanity,
-    settings,
-    start,
-    workdir,
-)
-from experiments.schema import call
-from experiments.steps import keys_of
+from experiments import sanity
 from experiments.sweeping import grid
 from experiments.sweeping.grid import RUN, Asked, Cell, Parts
 from rain_jax import data, evaluation
 from rain_jax.attacks.pgd import Ascent
 from rain_jax.checks import UsageError, one_of
+from rain_jax.config import build, corrupted, networks, options
+from rain_jax.config.schema import call
 from rain_jax.evaluation.resume import code, digest, digest_of, sample_of
 from rain_jax.evaluation.room import Room
 from rain_jax.norms import project
+from rain_jax.runs import initial_weights, loading, workdir
+from rain_jax.runs.step_programs import keys_of
 from rain_jax.types import (
     Attack,
     Image,
@@ -172,8 +165,8 @@ class Plan:
         self, network: Any, made: Parts, variables: Variables, keys: Sequence[str]
     ) -> LogitsFn:
         if any(key.startswith("defence.") for key in keys):
-            variables = defended.followed(made.assembly.network, variables, self.shape)
-        return defended.logits_fn_of(network)(variables)
+            variables = networks.followed(made.assembly.network, variables, self.shape)
+        return networks.logits_fn_of(network)(variables)
 
     # --- programs and their arguments ----------------------------------------------------------
 
@@ -262,8 +255,8 @@ class Plan:
             begin = replace(base.start, classifier=str(one.run))
             images = jnp.zeros((1, *self.shape), jnp.float32)
             drawn = jax.jit(made.network.init)(keys_of(one.seed).init, images)
-            return start.begun(base._replace(start=begin), drawn, self.devices)
-        return loading.load(base, one.run)[0]
+            return initial_weights.begun(base._replace(start=begin), drawn, self.devices)
+        return loading.restore(base, one.run)[0]
 
     def weights(self, one: Resolved) -> str:
         """A hash of a cell's weights."""
@@ -277,7 +270,7 @@ class Plan:
         if asked is not None:
             known = one.run, repr(asked)
             if known not in self._corrupted:
-                made = call("config.evaluation.corruption", settings.Corrupted, asked)
+                made = call("config.evaluation.corruption", options.Corrupted, asked)
                 self._corrupted[known] = corrupted.corrupted(test, made)
             test = self._corrupted[known]
         return data.first(test, self.images)

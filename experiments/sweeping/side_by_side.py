@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, evaluate, report, running, start, steps, train
-from experiments.settings import Plan
+from experiments import evaluate, report, train
 from experiments.sweeping import grid
 from rain_jax.checks import UsageError
+from rain_jax.config import build
+from rain_jax.config.options import Plan
 from rain_jax.members import How, over_members, stacked
 from rain_jax.parallel import Devices
+from rain_jax.runs import initial_weights, session, step_programs
 from rain_jax.types import AxisName, PyTree
 
 # The sections that a step is made of.
@@ -121,9 +123,9 @@ def _traced(experiment: build.Experiment, kinds: Mapping[str, np.dtype]) -> Any:
     Raises what JAX raises where a number must be known, and `TypeError` where another state than
     the one before comes out.
     """
-    plan, source = steps.plan_of(experiment), experiment.splits.train
+    plan, source = step_programs.plan_of(experiment), experiment.splits.train
     method = experiment.method(plan)
-    keys = jax.eval_shape(lambda: steps.keys_of(0))
+    keys = jax.eval_shape(lambda: step_programs.keys_of(0))
 
     def begun(key: Any) -> PyTree:
         return method.init(experiment.network.init(key, jnp.zeros((1, *source.shape))))
@@ -134,7 +136,7 @@ def _traced(experiment: build.Experiment, kinds: Mapping[str, np.dtype]) -> Any:
 
     def step(values: PyTree, state: PyTree, keys: PyTree, fed: PyTree) -> PyTree:
         made = rebuilt(experiment, values)
-        body = steps.body_of(made, made.method(plan), plan, 1)
+        body = step_programs.body_of(made, made.method(plan), plan, 1)
         return body(state, (keys, *fed), jnp.zeros(1, int))
 
     values = {key: jax.ShapeDtypeStruct((), kind) for key, kind in kinds.items()}
@@ -198,7 +200,7 @@ def beside(
         def step(own: PyTree, images: Any, labels: Any, split: PyTree) -> tuple[PyTree, PyTree]:
             state, keys, order, values = own
             made = rebuilt(first, values)
-            one = steps.body_of(made, made.method(plan), plan, devices.size)
+            one = step_programs.body_of(made, made.method(plan), plan, devices.size)
             return one(state, (keys, images, labels, order), split, axis_name)
 
         def member(_: Any, own: PyTree, number: Any) -> tuple[PyTree, PyTree]:
@@ -207,8 +209,8 @@ def beside(
         return over_members(range(count), member, (state, keys, orders, values), how)
 
     def feed(begin: int) -> Iterator[tuple[PyTree, PyTree]]:
-        keys = stacked([steps.keys_of(experiment.seed) for experiment in experiments])
-        for shared, split in steps.feed(first, plan, keys, devices, begin):
+        keys = stacked([step_programs.keys_of(experiment.seed) for experiment in experiments])
+        for shared, split in step_programs.feed(first, plan, keys, devices, begin):
             yield (shared, values), split
 
     join = jax.jit(stacked)
@@ -218,7 +220,7 @@ def beside(
         return [{name: value[m] for name, value in metrics.items()} for m in range(count)]
 
     return train.Course(
-        steps.program_of(all_steps, devices),
+        step_programs.program_of(all_steps, devices),
         feed,
         join=lambda states: devices.replicate(join(states)),
         part=lambda state, number: devices.replicate(part(state, number)),
@@ -239,8 +241,8 @@ def train_all(cells: Sequence[tuple[dict[str, Any], Path]]) -> None:
     experiments = [experiment for _, experiment, _ in every]
     for experiment, (_, _, folder) in zip(experiments, every, strict=True):
         train.check(experiment)
-        start.check(experiment, folder)
-        if not steps.is_resident(experiment):
+        initial_weights.check(experiment, folder)
+        if not step_programs.is_resident(experiment):
             raise UsageError(
                 f"config.training.feed={experiment.training.feed!r}: expected images that are "
                 "resident, or no config.sweep.side_by_side: a stream has one order for all"
@@ -281,12 +283,12 @@ def _sharing(experiment: build.Experiment, held: dict[str, Any]) -> build.Experi
 
 
 def _shared(
-    member: running.Member, experiment: build.Experiment, known: dict[str, Any]
-) -> Callable[[Devices], running.Validator | None]:
+    member: session.Member, experiment: build.Experiment, known: dict[str, Any]
+) -> Callable[[Devices], session.Validator | None]:
     """The member's looks at the held-out images, by one program for all that look alike."""
     kind = json.dumps([experiment.config[name] for name in _LOOKED_THROUGH], sort_keys=True)
 
-    def on(devices: Devices) -> running.Validator | None:
+    def on(devices: Devices) -> session.Validator | None:
         if kind not in known:
             known[kind] = member.validator_on(devices)
         return known[kind]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, configuring
 from rain_jax import models
 from rain_jax.checks import UsageError
+from rain_jax.config import build, tree
 from rain_jax.defences import bit_depth, gaussian_noise, jpeg, median, nn_jpeg, rain
 from rain_jax.defences.compose import bpda, chain, choose, defend, form, mean_of_draws
 from rain_jax.defences.network import in_front
@@ -322,11 +322,8 @@ def test_a_section_of_a_config_is_the_call_that_it_describes():
         one = slice(place, place + 1)
         np.testing.assert_allclose(*by_both(params, KEYS[one], images[one]), atol=1e-6)
     # As it is saved with a run and read again.
-    assert built.config["defence"] == configuring.plain(section)
-    assert (
-        configuring.plain(configuring.config(**json.loads(json.dumps(built.config))))
-        == built.config
-    )
+    assert built.config["defence"] == tree.plain(section)
+    assert tree.plain(tree.config(**json.loads(json.dumps(built.config)))) == built.config
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import drawn
 import jax
 import numpy as np
 
-from experiments import defended
 from rain_jax import data, evaluation, models
+from rain_jax.config import networks
 from rain_jax.evaluation import boundary
 from rain_jax.norms import linf
 from rain_jax.parallel import choose_devices, place
@@ -78,7 +78,7 @@ def _digits() -> tuple[Any, Any]:
 def judged(images: np.ndarray, label: np.ndarray, size: int, devices: int) -> evaluation.Judgement:
     """The judge's word on the images, `size` at a time on so many devices."""
     on = place("shard_map", choose_devices(devices))
-    judge = evaluation.judging(defended.logits_fn_of(NETWORK), ANYWHERE, on, batch_size=size)
+    judge = evaluation.judging(networks.logits_fn_of(NETWORK), ANYWHERE, on, batch_size=size)
     index = np.arange(len(label), dtype=np.int32)
     found = evaluation.as_they_are([Batch(images, label, index, np.ones(len(label), bool))])
     some = judge(on.replicate(weights()), jax.random.key(0), found)

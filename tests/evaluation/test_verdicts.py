@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import build, defended, evaluate, looks
+from experiments import evaluate
 from rain_jax import attacks, data, evaluation, methods, models, optimisers, training
 from rain_jax.checks import UsageError
+from rain_jax.config import attack_columns, build, networks
 from rain_jax.evaluation import Rules, verdicts
 from rain_jax.norms import l1, l2, linf, random_start
 from rain_jax.parallel import choose_devices, place, round_up
@@ -60,7 +61,7 @@ def judged(variables, source, *, size, count=1, mapping="shard_map", attack=None
     devices = place(mapping, choose_devices(count))
     batches = data.evaluation_batches(source, round_up(size, count))
     return attacked(
-        defended.logits_fn_of(NETWORK), THREAT, attack, devices, size, variables, ROOT, batches
+        networks.logits_fn_of(NETWORK), THREAT, attack, devices, size, variables, ROOT, batches
     )
 
 
@@ -110,7 +111,7 @@ def test_verdicts_do_not_feel_the_other_images(variables, test_images, reference
     batch = Batch(image[order], label[order], order.astype(np.int32), np.ones(16, bool))
     devices = place("shard_map", choose_devices(1))
     attack = attacks.pgd(THREAT, steps=4, restarts=2)
-    of = defended.logits_fn_of(NETWORK)
+    of = networks.logits_fn_of(NETWORK)
     found = attacked(of, THREAT, attack, devices, 16, variables, ROOT, [batch])
     np.testing.assert_array_equal(found.index, np.sort(order))
     np.testing.assert_array_equal(found.right, reference.right[np.sort(order)])
@@ -345,7 +346,9 @@ def test_cheating_is_reported_and_does_not_count(tmp_path):
     experiment = build.experiment(scope["get_config"]())
     cheat = lambda key, logits_fn, image, label: jnp.where(label % 2, image + 0.5, image)
     settings = dataclasses.replace(experiment.evaluation, attacks={"cheat": {"name": "cheat"}})
-    experiment = experiment._replace(looks={"cheat": looks.Look(cheat)}, evaluation=settings)
+    experiment = experiment._replace(
+        columns={"cheat": attack_columns.Column(cheat)}, evaluation=settings
+    )
     variables = experiment.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     evaluate.evaluate(experiment, variables, tmp_path, "untrained", 0)
     found = json.loads((tmp_path / "evaluation.json").read_text())

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import schema
 from experiments.cli import load_config
 from rain_jax import attacks, methods, models
 from rain_jax.checks import UsageError
+from rain_jax.config import schema
 from rain_jax.defences import jpeg, vote
 from rain_jax.defences.network import ensemble, in_front
 from rain_jax.losses import soft_cross_entropy

@@ -12,9 +12,9 @@ so this is a study of its parts and no reproduction. Nothing has been measured y
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import PGD20, cifar10_small
 from rain_jax.checks import UsageError, one_of
+from rain_jax.config import config
 
 STARTS, STAGES = ("sign", "uniform"), ("post", "pre", "none")
 MODULATIONS = ("film", "float", "none")

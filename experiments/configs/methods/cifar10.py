@@ -24,8 +24,8 @@ trades_awp 49.2, 24.4; pgd_at_jpeg 49.0, 21.6 (docs/methods.md).
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import cifar10_small, method_rows, row, with_changes
+from rain_jax.config import config
 
 EPOCHS = 2
 ROWS = method_rows(radius=8 / 255, steps=3, step_size=4 / 255, epochs=EPOCHS)

@@ -19,8 +19,8 @@ Not run by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, PGD20, Sections, row, with_changes
+from rain_jax.config import config
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255, keep="last")
 NOISY = dict(name="pgd", steps=10, step_size=0.007, start="normal", keep="last")

@@ -21,8 +21,8 @@ Results in per cent, clean and worst case, means of seeds 0, 1 and 2: pgd_at 97.
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import MNIST, method_rows, row, with_changes
+from rain_jax.config import config
 
 EPOCHS = 8
 ROWS = method_rows(radius=0.3, steps=10, step_size=0.075, epochs=EPOCHS)

@@ -15,9 +15,9 @@ and so are the 1,000 held-out images. Not run by us so far: it needs an accelera
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT
 from rain_jax.checks import one_of
+from rain_jax.config import config
 
 PGD = dict(name="pgd", steps=10, step_size=2 / 255)
 METHODS = {

@@ -23,8 +23,8 @@ us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT, Sections, row, with_changes
+from rain_jax.config import config
 
 ROWS: dict[str, Sections] = {
     "plain": {},

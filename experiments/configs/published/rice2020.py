@@ -14,9 +14,9 @@ by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import CIFAR10, EIGHT
 from rain_jax.checks import one_of
+from rain_jax.config import config
 
 TEXTS = ("preact_resnet18", "wrn_34_10")
 

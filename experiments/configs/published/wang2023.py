@@ -21,9 +21,9 @@ images. Not run by us so far: it needs an accelerator.
 
 import ml_collections
 
-from experiments.configuring import config
 from experiments.recipes import EIGHT
 from rain_jax.checks import one_of
+from rain_jax.config import config
 
 SIZES = {"wrn_28_10": dict(depth=28, width=10), "wrn_70_16": dict(depth=70, width=16)}
 TEXTS = tuple(SIZES)

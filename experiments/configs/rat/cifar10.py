@@ -15,7 +15,7 @@ import ml_collections
 
 from experiments import rat
 from experiments.configs.methods import cifar10
-from experiments.configuring import plain
+from rain_jax.config.tree import plain
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,8 @@ set made then 66 to 76; 0.0 % stand under PGD-20 (docs/methods.md).
 
 import ml_collections
 
-from experiments import configuring, rat
+from experiments import rat
+from rain_jax.config import tree
 
 NETWORK = dict(name="cnn", batch_norm=True, mean=0.1307, std=0.3081)
 DATA = dict(name="tfds:mnist", holdout=1000)
@@ -34,7 +35,7 @@ def get_config(which: str = "rat") -> ml_collections.ConfigDict:
         evaluation=dict(batch_size=500, attacks=ATTACKS),
     )
     if which == "start":
-        return configuring.config(
+        return tree.config(
             **shared,
             method=dict(name="natural"),
             validation=dict(every_epochs=1, batch_size=250),

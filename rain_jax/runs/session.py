@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.settings import Plan
-from experiments.steps import Task, keys_of
+from rain_jax.config.options import Plan
+from rain_jax.runs.step_programs import Task, keys_of
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.logs import MetricsLog

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import jax
 
-from experiments import build, corrupted, defended, ladder, loading, looks, settings, workdir
-from experiments import schema as schema_
+from rain_jax.config import attack_columns, build, corrupted, ladder, networks, options
+from rain_jax.runs import loading, workdir
+from rain_jax.config import schema as schema_
 from rain_jax import data, evaluation
 from rain_jax.adapters import of_network
 from rain_jax.evaluation import AttackColumn, Evaluation
@@ -15,10 +16,10 @@ from rain_jax.types import Key, Model, PyTree
 # What a config is made into objects by: results depend on it as on the library.
 _MAKERS = tuple(
     Path(module.__file__) for module in
-    (build, corrupted, defended, ladder, looks, schema_, settings) if module.__file__
+    (build, corrupted, networks, ladder, attack_columns, schema_, options) if module.__file__
 )  # fmt: skip
 # Forms of a model whose gradients are not those of the deployed one.
-_OTHERS = defended.UNDEFENDED, "gray"
+_OTHERS = networks.UNDEFENDED, "gray"
 
 
 def evaluation_key(seed: int) -> Key:
@@ -42,7 +43,7 @@ def evaluation_of(
     # A rung that is left out, or another sweep, makes no other of what is run already.
     budget = wanted.ladder and {key: wanted.ladder[key] for key in ladder.BUDGET}
 
-    def column(title: str, look: looks.Look) -> AttackColumn:
+    def column(title: str, look: attack_columns.Column) -> AttackColumn:
         named = {
             "attack": wanted.attacks.get(title, wanted.distances.get(title)),
             "suite": wanted.suite, "ladder": budget, "through": look.through,
@@ -53,7 +54,7 @@ def evaluation_of(
         spec = wanted.attacks.get(title, {"name": title})
         return AttackColumn(
             look.attack, form, look.threat, named,
-            transfer=any(word in _OTHERS or word.startswith(defended.RUN) for word in words),
+            transfer=any(word in _OTHERS or word.startswith(networks.RUN) for word in words),
             through=words,
             fixed=through in experiment.assembly.fixed,
             kind={key: spec[key] for key in spec if key not in ("steps", "step_size")},
@@ -64,11 +65,11 @@ def evaluation_of(
         model=of_network(experiment.network, variables),
         source=data.first(experiment.splits.test, wanted.images),
         threat=experiment.threat,
-        columns={title: column(title, look) for title, look in experiment.looks.items()},
+        columns={title: column(title, look) for title, look in experiment.columns.items()},
         key=evaluation_key(experiment.seed),
         devices=experiment.parallel.placed(),
         distances={
-            title: column(title, looks.Look(attack))
+            title: column(title, attack_columns.Column(attack))
             for title, attack in experiment.distances.items()
         },
         cascade=wanted.suite is not None if wanted.cascade is None else wanted.cascade,
@@ -86,8 +87,8 @@ def evaluation_of(
 
 def attacked_model(experiment: build.Experiment, variables: PyTree, through: str) -> Model:
     """The form of the model that an attack is run on: of the same weights, or another run's."""
-    if not through.startswith(defended.RUN):
+    if not through.startswith(networks.RUN):
         return of_network(experiment.assembly.through(through), variables)
-    folder = Path(through.removeprefix(defended.RUN))
+    folder = Path(through.removeprefix(networks.RUN))
     other = build.experiment(workdir.read_config(folder))
-    return of_network(other.network, loading.load(other, folder)[0])
+    return of_network(other.network, loading.restore(other, folder)[0])

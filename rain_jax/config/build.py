@@ -1,6 +1,6 @@
 """From a config to an experiment: everything that it describes, checked and built.
 
-The sections of a config are `configuring`'s business, and how one becomes a call is `schema`'s.
+The sections of a config are `tree`'s business, and how one becomes a call is `schema`'s.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import optax
 
-from experiments import corrupted, defended, ladder, looks, rehearsal, settings
-from experiments.configuring import CALLS, as_section, config, plain, threat, twin
-from experiments.schema import call, convert, located, make, registered
 from rain_jax import data, methods, optimisers, schedules, training
 from rain_jax.checks import UsageError, within
+from rain_jax.config import attack_columns, corrupted, dry_run, ladder, networks, options
+from rain_jax.config.schema import call, convert, located, make, registered
+from rain_jax.config.tree import CALLS, as_section, config, plain, threat, twin
 from rain_jax.methods.awp import awp
 from rain_jax.methods.free import free
 from rain_jax.methods.members import apart, side_by_side
@@ -33,24 +33,24 @@ class Experiment(NamedTuple):
     seed: int
     splits: data.Splits
     network: Network  # as it is deployed: with its defence, where it has one
-    assembly: defended.Assembly  # what it is made of
+    assembly: networks.Assembly  # what it is made of
     threat: Threat
     objective: Objective
     optimiser: Callable[[int, int], optax.GradientTransformation]  # of steps, steps per epoch
     average: Callable[[int, int], training.Averaging | None]
-    augment: settings.Augment
-    training: settings.Training
-    start: settings.Start
-    validation: settings.Validation | None
+    augment: options.Augment
+    training: options.Training
+    start: options.Start
+    validation: options.Validation | None
     validation_attack: Attack | None
-    evaluation: settings.Evaluation
-    looks: dict[str, looks.Look]  # the columns of the evaluation
+    evaluation: options.Evaluation
+    columns: dict[str, attack_columns.Column]  # of the evaluation
     distances: dict[str, Attack]
     ladder: ladder.Ladder | None  # whose rungs are among the looks
-    checkpoints: settings.Checkpointing
-    parallel: settings.Parallel
+    checkpoints: options.Checkpointing
+    parallel: options.Parallel
 
-    def method(self, plan: settings.Plan) -> Method:
+    def method(self, plan: options.Plan) -> Method:
         """How the network is trained in a run of that length."""
         replays = self.training.replays
         total, per_epoch = plan.total * replays, plan.per_epoch * replays
@@ -83,17 +83,17 @@ def experiment(whole: Any) -> Experiment:
     }
     group = spec["ensemble"]
     if group is not None:
-        group = call("config.ensemble", settings.Ensemble, group)
+        group = call("config.ensemble", options.Ensemble, group)
     validation = None
     validation_attack = None
     if spec["validation"] is not None:
-        validation = call("config.validation", settings.Validation, spec["validation"])
+        validation = call("config.validation", options.Validation, spec["validation"])
         if validation.attack is not None:
-            validation_attack = looks.attack(
+            validation_attack = attack_columns.attack(
                 "config.validation.attack", validation.attack, the_threat
             )
-    columns = looks.columns(parts["evaluation"], the_threat)
-    distances = looks.distances(parts["evaluation"], the_threat)
+    columns = attack_columns.columns(parts["evaluation"], the_threat)
+    distances = attack_columns.distances(parts["evaluation"], the_threat)
     for name in distances:
         if name in columns:
             raise UsageError(
@@ -111,11 +111,11 @@ def experiment(whole: Any) -> Experiment:
         return call("config.average", training.averaging, spec["average"],
                     total_steps=steps, steps_per_epoch=steps_per_epoch)  # fmt: skip
 
-    def assembled(classes: int) -> defended.Assembly:
+    def assembled(classes: int) -> networks.Assembly:
         sections = {"network": spec["network"], "defence": spec["defence"]}
-        built = defended.assembly({**sections, "start": parts["start"], "ensemble": group}, classes)
+        built = networks.assembly({**sections, "start": parts["start"], "ensemble": group}, classes)
         for name, look in columns.items():
-            if look.through is None or look.through.startswith(defended.RUN):
+            if look.through is None or look.through.startswith(networks.RUN):
                 continue
             try:
                 built.through(look.through)
@@ -124,7 +124,7 @@ def experiment(whole: Any) -> Experiment:
                 raise located(where, error, ("through",)) from None
         return built
 
-    def objective_of(assembly: defended.Assembly, steps_per_epoch: int) -> Objective:
+    def objective_of(assembly: networks.Assembly, steps_per_epoch: int) -> Objective:
         objectives = [one_objective(network, steps_per_epoch) for network in assembly.members]
         return side_by_side(objectives) if assembly.together else objectives[0]
 
@@ -140,7 +140,9 @@ def experiment(whole: Any) -> Experiment:
         if maker is not None and "attack" in inspect.signature(maker).parameters:
             if "attack" not in method:
                 raise UsageError(f"config.method.attack is missing: {name} needs it")
-            given["attack"] = looks.attack("config.method.attack", method.pop("attack"), the_threat)
+            given["attack"] = attack_columns.attack(
+                "config.method.attack", method.pop("attack"), the_threat
+            )
         objective = make("config.method", methods, method, **given)
         if around is None:
             return objective
@@ -164,7 +166,7 @@ def experiment(whole: Any) -> Experiment:
     splits: data.Splits = call("config.data", data.load, spec["data"])
     corruption = parts["evaluation"].corruption
     if corruption is not None:
-        asked = call("config.evaluation.corruption", settings.Corrupted, corruption)
+        asked = call("config.evaluation.corruption", options.Corrupted, corruption)
         splits = splits._replace(test=corrupted.corrupted(splits.test, asked))
     data.at_most("config.evaluation.images", parts["evaluation"].images, splits.test)
     if parts["training"].batch_size > splits.train.size:
@@ -205,7 +207,7 @@ def experiment(whole: Any) -> Experiment:
         evaluation = dataclasses.replace(evaluation, draws=20 if assembly.network.random else 1)
     budget = None
     if evaluation.ladder is not None:
-        start: settings.Start = parts["start"]
+        start: options.Start = parts["start"]
         budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
         rungs = ladder.rungs(budget, the_threat, assembly, start.classifier)
         if evaluation.cascade:
@@ -229,26 +231,26 @@ def experiment(whole: Any) -> Experiment:
         validation_attack, evaluation, columns, distances, budget, parts["checkpoints"],
         parts["parallel"],
     )  # fmt: skip
-    rehearsal.rehearse(
+    dry_run.rehearse(
         spec, network, splits.train.shape,
         change=built.augment.change, objective=built.objective, attacks=_attacks_of(built),
     )  # fmt: skip
     return built
 
 
-def _attacks_of(built: Experiment) -> Iterator[rehearsal.Attacked]:
+def _attacks_of(built: Experiment) -> Iterator[dry_run.Attacked]:
     """Every attack of an experiment that runs on the shapes of its data."""
-    columns = {name: look.attack for name, look in built.looks.items()}
+    columns = {name: look.attack for name, look in built.columns.items()}
     for section, members in (("attacks", columns), ("distances", built.distances)):
         specs = getattr(built.evaluation, section)
         for name, attack in members.items():
             # The members of a suite or of the ladder have no section of their own.
             own = f"config.evaluation.{section}.{name}"
             where = own if name in specs else "config.evaluation.suite"
-            yield rehearsal.Attacked(where, specs.get(name, {}), attack)
+            yield dry_run.Attacked(where, specs.get(name, {}), attack)
     if built.validation_attack is not None:
         keys = built.config["validation"]["attack"]
-        yield rehearsal.Attacked("config.validation.attack", keys, built.validation_attack)
+        yield dry_run.Attacked("config.validation.attack", keys, built.validation_attack)
 
 
 def check_devices(built: Experiment) -> None:

@@ -177,7 +177,7 @@ class Evaluation:
     suite's members last), and columns tell who stands after all of them so far. `distances` maps
     names to minimum-norm attacks, which tell the accuracy at every radius.
 
-    `ladder` adds the rungs of `experiments.ladder` and its checks.
+    `ladder` adds the rungs of `config.ladder` and its checks.
 
     An attack with `through` climbs another form of a defended model than the one that is judged:
     a surrogate of its defence, "classifier" for the one without it, and of an ensemble "mean",

@@ -12,11 +12,11 @@ from typing import Any
 
 import ml_collections
 
-from experiments import ladder, looks, settings
-from experiments.schema import REGISTRIES, filled, filled_member
 from rain_jax import attacks, data, norms, training
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, nearest, one_of
+from rain_jax.config import attack_columns, ladder, options
+from rain_jax.config.schema import REGISTRIES, filled, filled_member
 from rain_jax.models import upscalers
 from rain_jax.types import Norm, Threat
 
@@ -24,22 +24,22 @@ from rain_jax.types import Norm, Threat
 def threat(*, norm: Norm = norms.linf, radius: float) -> Threat:
     """The threat of an experiment; `radius` is in pixel values of [0, 1], measured in `norm`."""
     boundless = Threat(norm, math.inf)
-    return Threat(norm, looks.radius("config.threat.radius", radius, boundless))
+    return Threat(norm, attack_columns.radius("config.threat.radius", radius, boundless))
 
 
 # Sections that are the arguments of one function.
 CALLS: dict[str, Callable[..., Any]] = {
     "data": data.load,
     "threat": threat,
-    "augment": settings.Augment,
+    "augment": options.Augment,
     "average": training.averaging,
-    "training": settings.Training,
-    "validation": settings.Validation,
-    "start": settings.Start,
-    "ensemble": settings.Ensemble,
-    "evaluation": settings.Evaluation,
-    "checkpoints": settings.Checkpointing,
-    "parallel": settings.Parallel,
+    "training": options.Training,
+    "validation": options.Validation,
+    "start": options.Start,
+    "ensemble": options.Ensemble,
+    "evaluation": options.Evaluation,
+    "checkpoints": options.Checkpointing,
+    "parallel": options.Parallel,
 }
 # What may be None in a config: the thing is left out.
 _OPTIONAL = ("average", "defence", "ensemble", "validation", "twin")
@@ -98,7 +98,7 @@ def config(**sections: Any) -> ml_collections.ConfigDict:
     if isinstance(evaluation.get("ladder"), dict):
         evaluation["ladder"] = filled(ladder.Ladder, evaluation["ladder"])
     if isinstance(evaluation.get("corruption"), dict):
-        evaluation["corruption"] = filled(settings.Corrupted, evaluation["corruption"])
+        evaluation["corruption"] = filled(options.Corrupted, evaluation["corruption"])
     # Not type-safe in ml_collections' sense, which knows the types of values (60 epochs, so never
     # half of one); the signatures know better, and `experiment` asks them.
     return ml_collections.ConfigDict(whole, type_safe=False)

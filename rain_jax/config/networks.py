@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import settings
-from experiments.schema import make
 from rain_jax import defences, evaluation, models
 from rain_jax.adapters import of_network
 from rain_jax.checks import UsageError, nearest, one_of
+from rain_jax.config import options
+from rain_jax.config.schema import make
 from rain_jax.defences.network import ensemble, in_front, parts_of
 from rain_jax.defences.vote import mean_logits, smallest_margins, vote_scores
 from rain_jax.types import Array, Defence, Key, Network, Variables
@@ -40,8 +40,8 @@ class Assembly(NamedTuple):
 def assembly(spec: dict[str, Any], classes: int) -> Assembly:
     """Builds what the sections describe."""
     classifier: Network = make("config.network", models, spec["network"], classes=classes)
-    start: settings.Start = spec["start"]
-    group: settings.Ensemble | None = spec["ensemble"]
+    start: options.Start = spec["start"]
+    group: options.Ensemble | None = spec["ensemble"]
     if spec["defence"] is None:
         for where, given in ("ensemble", group), ("start.defence", start.defence):
             if given is not None:
@@ -96,7 +96,7 @@ def _plain(classifier: Network, words: str | None) -> Network:
     return classifier
 
 
-def _sections(defence: dict[str, Any], group: settings.Ensemble | None) -> list[dict[str, Any]]:
+def _sections(defence: dict[str, Any], group: options.Ensemble | None) -> list[dict[str, Any]]:
     """The defence's section of every member."""
     if group is None:
         return [defence]
@@ -113,7 +113,7 @@ def _sections(defence: dict[str, Any], group: settings.Ensemble | None) -> list[
 
 
 def _parsed(
-    words: str | None, surrogates: tuple[str, ...], group: settings.Ensemble | None
+    words: str | None, surrogates: tuple[str, ...], group: options.Ensemble | None
 ) -> tuple[str | None, str]:
     """(form of the defence, how members are combined) that `words` name."""
     form: str | None = None
@@ -130,7 +130,7 @@ def _parsed(
     return form, vote
 
 
-def _votes(group: settings.Ensemble | None) -> tuple[str, ...]:
+def _votes(group: options.Ensemble | None) -> tuple[str, ...]:
     """The ways to attack an ensemble."""
     if group is None:
         return ()

@@ -1,23 +1,56 @@
 """A run's trained variables, from its checkpoints."""
 
+import dataclasses
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, workdir
-from experiments.defended import followed
+from rain_jax.config import build
+from rain_jax.runs import workdir
+from rain_jax.config.networks import followed
 from rain_jax import training
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.checks import UsageError
 from rain_jax.models.conditional import with_condition
 from rain_jax.parallel import Devices
-from rain_jax.types import PyTree
+from rain_jax.types import Network, PyTree, Variables
 
 
-def load(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
+class Trained(NamedTuple):
+    """A trained network beside its variables: a model for `rain_jax.evaluate` as it is."""
+
+    network: Network
+    variables: Variables
+
+
+def load(folder: str | os.PathLike[str], checkpoint: Literal["best", "latest"] = "best") -> Trained:
+    """The model that a run has trained, with its defence where it has one.
+
+        network, variables = rain_jax.load("runs/quickstart")
+        logits, _ = network.apply(variables, images)          # [B, H, W, C] in [0, 1] -> [B, K]
+        rain_jax.evaluate((network, variables), images, labels, threat)
+
+    Args:
+      folder: what `--workdir` was; a baseline's is `folder/twin`.
+      checkpoint: "best" on the held-out images, or where none were held out "latest".
+
+    Returns the network and its variables. Where the run averaged its weights, they are the average.
+
+    Raises `UsageError` for a folder that is no run's, whose data are not there (they say how many
+    classes there are), or whose checkpoints cannot be read.
+    """
+    place = Path(folder)
+    experiment = build.experiment(workdir.read_config(place))
+    asked = dataclasses.replace(experiment.evaluation, checkpoint=checkpoint)
+    experiment = experiment._replace(evaluation=asked)
+    return Trained(experiment.network, restore(experiment, place)[0])
+
+
+def restore(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
     """The variables of a run's best (or last) checkpoint, and its step.
 
     Numbers that variables hold are the experiment's where they are others than the run's own: the

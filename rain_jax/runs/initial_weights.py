@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import build, loading, workdir
-from experiments.schema import located
+from rain_jax.config import build
+from rain_jax.runs import loading, workdir
+from rain_jax.config.schema import located
 from rain_jax.checks import UsageError
 from rain_jax.defences.network import parts_of, with_parts
 from rain_jax.members import stacked

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.schema import located
 from rain_jax.checks import UsageError
+from rain_jax.config.schema import located
 from rain_jax.types import (
     Attack,
     Batch,

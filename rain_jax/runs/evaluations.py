@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.settings import Evaluation as Settings
+from rain_jax.config.options import Evaluation as Settings
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import Evaluation, record
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import build
-from experiments.schema import filled_member
+from rain_jax.config import build
+from rain_jax.config.schema import filled_member
 from rain_jax.attacks import suites
 from rain_jax.evaluation import EvaluationRun
 

@@ -3,15 +3,15 @@
 import math
 from typing import Any, NamedTuple
 
-from experiments import settings
-from experiments.schema import convert, make
 from rain_jax import attacks, norms
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, pixel_distance, within
+from rain_jax.config import options
+from rain_jax.config.schema import convert, make
 from rain_jax.types import Attack, Iteration, Threat
 
 
-class Look(NamedTuple):
+class Column(NamedTuple):
     """A column: an attack, and what it is set against."""
 
     attack: Attack | Iteration
@@ -45,9 +45,9 @@ def radius(where: str, value: float, threat: Threat) -> float:
     )
 
 
-def columns(evaluation: settings.Evaluation, threat: Threat) -> dict[str, Look]:
+def columns(evaluation: options.Evaluation, threat: Threat) -> dict[str, Column]:
     """The attacks of an evaluation's section, and the members of its suite, in their order."""
-    found: dict[str, Look] = {}
+    found: dict[str, Column] = {}
     for name, column in evaluation.attacks.items():
         where = f"config.evaluation.attacks.{name}"
         if not isinstance(column, dict):
@@ -58,7 +58,7 @@ def columns(evaluation: settings.Evaluation, threat: Threat) -> dict[str, Look]:
         on = None
         if other is not None:
             on = threat._replace(radius=radius(f"{where}.radius", other, threat))
-        found[name] = Look(attack(where, own, on or threat), through, on)
+        found[name] = Column(attack(where, own, on or threat), through, on)
     # Configs come sorted by name; what costs fewer steps should spare the others work.
     found = dict(sorted(found.items(), key=lambda item: getattr(item[1].attack, "steps", 0)))
     if evaluation.suite is not None:
@@ -67,11 +67,11 @@ def columns(evaluation: settings.Evaluation, threat: Threat) -> dict[str, Look]:
             if name in found:
                 raise UsageError(f"config.evaluation.attacks.{name}: expected another name: the "
                                  "suite has a column of this one")  # fmt: skip
-            found[name] = Look(member)
+            found[name] = Column(member)
     return found
 
 
-def distances(evaluation: settings.Evaluation, threat: Threat) -> dict[str, Attack]:
+def distances(evaluation: options.Evaluation, threat: Threat) -> dict[str, Attack]:
     """The minimum-norm attacks of an evaluation's section, which know no radius."""
     boundless = threat._replace(radius=math.inf)
     return {

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.settings import Corrupted
 from rain_jax import data
 from rain_jax.checks import UsageError
+from rain_jax.config.options import Corrupted
 from rain_jax.image.corruptions import FAMILIES, Constants, Corruption, Frost, frosted
 from rain_jax.parallel import image_keys
 from rain_jax.types import Array, Image, Key

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.defended import RUN, UNDEFENDED, Assembly
-from experiments.looks import Look
 from rain_jax import attacks, norms
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, within
+from rain_jax.config.attack_columns import Column
+from rain_jax.config.networks import RUN, UNDEFENDED, Assembly
 from rain_jax.gradients import eot
 from rain_jax.losses import cross_entropy, margin
 from rain_jax.types import Iteration, Threat
@@ -67,7 +67,7 @@ class Ladder:
 
 def rungs(
     ladder: Ladder, threat: Threat, assembly: Assembly, before: str | None = None
-) -> dict[str, Look]:
+) -> dict[str, Column]:
     """The attacks of the ladder on a model, in the order in which they are climbed.
 
     `before` is the folder of the run that the classifier began with, whose model knows nothing of
@@ -80,16 +80,16 @@ def rungs(
     def pgd(steps: int, on: Threat = threat, **more: Any) -> Iteration:
         return attacks.pgd(on, steps=steps, step_size=on.radius / 10, **more)
 
-    found = {"noise": Look(attacks.noise(threat))}
+    found = {"noise": Column(attacks.noise(threat))}
     undefended = UNDEFENDED if before is None else f"{RUN}{before}"
     gray = "gray" if "gray" in assembly.forms else UNDEFENDED
     if assembly.forms:  # a plain network has nothing that an attacker could be unaware of
-        found["transfer"] = Look(pgd(40), undefended)
+        found["transfer"] = Column(pgd(40), undefended)
         if gray != undefended:
-            found["gray"] = Look(pgd(40), gray)
+            found["gray"] = Column(pgd(40), gray)
     found |= {
-        "fgsm": Look(attacks.fgsm(threat, estimator=inexact)),
-        "pgd": Look(
+        "fgsm": Column(attacks.fgsm(threat, estimator=inexact)),
+        "pgd": Column(
             attacks.pgd(
                 threat, steps=2 * ladder.steps, step_size=size / 2, restarts=ladder.restarts
             )
@@ -97,36 +97,36 @@ def rungs(
     }
     if random:
         for name, loss in ("eot_ce", cross_entropy), ("eot_margin", margin):
-            found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=loss))
+            found[name] = Column(pgd(ladder.steps, estimator=inexact, loss=loss))
         found |= {
-            name: Look(member)
+            name: Column(member)
             for name, member in suites.rand(threat, steps=ladder.steps, draws=ladder.draws).items()
         }
         if threat.norm is norms.linf:
             found |= _official(ladder, threat)
     elif threat.norm is not norms.l1:
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
-        found |= {name: Look(member) for name, member in whole.items() if name != "square"}
+        found |= {name: Column(member) for name, member in whole.items() if name != "square"}
     for name in _surrogates(ladder, assembly):
         needed = None if name in assembly.fixed else inexact
-        found[name] = Look(pgd(ladder.steps, estimator=needed, loss=margin), name)
+        found[name] = Column(pgd(ladder.steps, estimator=needed, loss=margin), name)
     for name in assembly.votes:
-        found[name] = Look(pgd(ladder.steps, estimator=inexact, loss=margin), name)
+        found[name] = Column(pgd(ladder.steps, estimator=inexact, loss=margin), name)
     if ladder.elsewhere is not None:
-        found[ELSEWHERE] = Look(
+        found[ELSEWHERE] = Column(
             pgd(ladder.steps, estimator=inexact, loss=margin, keep="last"),
             f"{RUN}{ladder.elsewhere}",
         )
     if threat.norm is not norms.l1:
         answers = ladder.answers if random else 1
-        found["square"] = Look(attacks.square(threat, queries=ladder.queries, answers=answers))
+        found["square"] = Column(attacks.square(threat, queries=ladder.queries, answers=answers))
     if threat.norm is norms.linf:
-        found["rays"] = Look(attacks.rays(threat, queries=ladder.queries))
+        found["rays"] = Column(attacks.rays(threat, queries=ladder.queries))
     far = FAR_TIMES * threat.radius
     if threat.norm is norms.linf:
         far = min(GREY, max(FAR, far))
     distant = threat._replace(radius=far)
-    found["far"] = Look(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
+    found["far"] = Column(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
     for name in ladder.without:
         one_of("config.evaluation.ladder.without", name, [name for name in found if name != "far"])
     white = found.keys() - {*OBLIVIOUS, *BLACK_BOX, *CONTROLS, ELSEWHERE, *ladder.without}
@@ -138,7 +138,7 @@ def rungs(
     return {name: look for name, look in found.items() if name not in ladder.without}
 
 
-def _official(ladder: Ladder, threat: Threat) -> dict[str, Look]:
+def _official(ladder: Ladder, threat: Threat) -> dict[str, Column]:
     """RAIN's attacks as its authors' code sets them, on logits in the place of probabilities.
 
     Twice as many draws as elsewhere: 40 where those are 20. They tell what such an evaluation would
@@ -147,9 +147,9 @@ def _official(ladder: Ladder, threat: Threat) -> dict[str, Look]:
     wide, usual = (threat._replace(radius=radius / 255) for radius in (16, 8))
     estimator = eot(2 * ladder.draws)
 
-    def look(on: Threat, size: float, **more: Any) -> Look:
+    def look(on: Threat, size: float, **more: Any) -> Column:
         attack = attacks.pgd(on, steps=40, step_size=size, start="clean", keep="last", **more)
-        return Look(attack, None, None if math.isclose(on.radius, threat.radius) else on)
+        return Column(attack, None, None if math.isclose(on.radius, threat.radius) else on)
 
     return {
         "official_pgd": look(wide, 1 / 255),
