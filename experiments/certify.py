@@ -25,9 +25,10 @@ from experiments.cli import run
 from experiments.lines import append, read
 from experiments.report import percent
 from rain_jax import data, evaluation
+from rain_jax.audit.ladder import UNDEFENDED
 from rain_jax.checks import UsageError, nearest, within
 from rain_jax.config import build, tree
-from rain_jax.config.networks import UNDEFENDED, logits_fn_of
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.config.schema import call, filled
 from rain_jax.data.source import subset
 from rain_jax.evaluation import smoothing

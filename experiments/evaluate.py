@@ -21,12 +21,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import proof, report, sanity
+from experiments import report, sanity
 from experiments.cli import NAME, REPLACE, run
 from rain_jax import evaluation, norms
+from rain_jax.audit import validity
+from rain_jax.audit.ladder import RUN
 from rain_jax.checkpoints import Checkpoints
 from rain_jax.config import build
-from rain_jax.config.networks import RUN
 from rain_jax.evaluation import audit, probe, record
 from rain_jax.logs import Progress
 from rain_jax.parallel import initialise
@@ -80,12 +81,14 @@ def evaluate_planned(
             seen = probe.look(planned)
             bar.advance(1)
     measured = planned()
-    proven = proven_of(experiment, planned, measured)
+    proven = None
+    if experiment.ladder is not None:
+        proven = validity.of_run(planned, experiment.ladder, measured)
     checks = None if seen is None else audit.checks(planned, measured, seen)
     if jax.process_index() == 0:
         content = described(experiment, planned, measured, step, checks)
         if proven is not None:
-            content["ladder"] = proven.told()
+            content["ladder"] = proven.record()
             if not proven.valid:
                 content["worst_case"] = None
         record.write(folder, content, measured, save_images=settings.save_images)
@@ -150,30 +153,10 @@ def described(
     }
 
 
-def proven_of(
-    experiment: build.Experiment,
-    planned: evaluation.Evaluation,
-    measured: evaluation.EvaluationRun,
-) -> proof.Proof | None:
-    """What the checks say of an evaluation that climbs the ladder; None of others."""
-    budget = experiment.ladder
-    if budget is None:
-        return None
-    with Progress(f"{planned.name}: checks", 1, unit="set") as bar:
-        seen, lines = proof.looked_into(planned, budget, planned.key_of("proof"))
-        bar.advance(1)
-    accuracy = {title: float(np.mean(share)) for title, share in measured.robust.items()}
-    margins = {
-        title: float(np.mean(column.judgement.margin)) for title, column in measured.columns.items()
-    }
-    images = len(measured.columns["clean"].judgement.index)
-    return proof.Proof(proof.checks(accuracy, margins, images, seen, lines), lines)
-
-
 def _not_climbed(experiment: build.Experiment) -> list[str]:
     """The rungs of the ladder that were left out, which a worst case knows nothing of."""
     budget = experiment.ladder
-    assert budget is not None  # or there is no proof
+    assert budget is not None  # or there are no checks of it
     found = [f"not climbed: {name}" for name in budget.without]
     if budget.elsewhere is None:
         found.append(

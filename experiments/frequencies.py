@@ -19,9 +19,10 @@ import numpy as np
 
 from experiments.cli import run
 from rain_jax import data, defences, evaluation
+from rain_jax.audit.ladder import UNDEFENDED
 from rain_jax.checks import UsageError
 from rain_jax.config import build
-from rain_jax.config.networks import UNDEFENDED, logits_fn_of
+from rain_jax.config.networks import logits_fn_of
 from rain_jax.config.schema import make
 from rain_jax.defences.network import parts_of
 from rain_jax.image import band_energy, low_pass, radial_spectrum

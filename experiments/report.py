@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rain_jax.audit.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS
 from rain_jax.checks import UsageError
-from rain_jax.config.ladder import BLACK_BOX, CONTROLS, OBLIVIOUS
 from rain_jax.evaluation import Proportion
 from rain_jax.logs import table
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TWICE = """
 import jax
-from experiments import cache
+from rain_jax.runs import cache
 cache.enable()
 hits = []
 listen = lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None

@@ -315,7 +315,7 @@ def test_of_a_random_model_the_worst_case_is_told_again_up_to_chance(tmp_path, m
     experiment = build.experiment(whole)
     weights = drawn.of(experiment.network, (8, 8, 1), seed=6)
     evaluate.evaluate(experiment, weights, tmp_path, "untrained", 0)
-    monkeypatch.setattr(recount.loading, "load", lambda experiment, folder: (weights, 0))
+    monkeypatch.setattr(recount.loading, "restore", lambda experiment, folder: (weights, 0))
     recount.main(whole, tmp_path)
     path = tmp_path / "evaluation.json"
     record = json.loads(path.read_text())

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, evaluate, proof, report, train
+from experiments import cli, evaluate, report, train
 from rain_jax import attacks, data, evaluation
+from rain_jax.audit import ladder, validity
 from rain_jax.checks import UsageError
-from rain_jax.config import build, ladder, networks, tree
+from rain_jax.config import build, networks, tree
 from rain_jax.defences.tables import Statistics
 from rain_jax.evaluation import audit, probe, resume
 from rain_jax.gradients import eot, exact
@@ -252,7 +253,7 @@ def test_every_rung_spends_what_is_promised(config, full, small, monkeypatch):
     section = cli.load_config(f"{configs / 'ladder.py'}:small")["evaluation"]
     budget = ladder.Ladder(**section["ladder"], elsewhere="runs/other")
     looks = ladder.rungs(
-        budget, experiment.threat, experiment.assembly, experiment.start.classifier
+        budget, experiment.threat, experiment.assembly.attackable, experiment.start.classifier
     )
     assert {n: spent(looks[n], moving=False) for n in looks if n != "noise"} == small
 
@@ -368,7 +369,7 @@ def test_images_made_elsewhere_are_made_against_the_other_runs_model(before, cli
 def test_the_number_is_given_where_all_checks_pass_and_nowhere_else(climbed, passed, monkeypatch):
     experiment, variables, folder = climbed
     checks = [audit.Check("the margin rises", True, "by 1"), audit.Check("far", passed, "3 % left")]
-    monkeypatch.setattr(proof, "checks", lambda *given: checks)
+    monkeypatch.setattr(validity, "checks", lambda *given: checks)
     row, _ = evaluate.evaluate(experiment, variables, folder, "untrained", 0, finish=False)
     record = json.loads((folder / "evaluation.json").read_text())
     table, _, notes = report.results_table([row]).partition("\n\n")
@@ -435,7 +436,7 @@ def test_a_sweeps_cells_are_the_runs_of_their_own(tmp_path):
     def attack_of(draws, steps=4):
         return attacks.pgd(experiment.threat, steps=steps, step_size=0.02, loss=margin)
 
-    lines = proof.sweep(attack_of, of, judge, variables, key, batches, (1,), (3, 1, 4))
+    lines = validity.sweep(attack_of, of, judge, variables, key, batches, (1,), (3, 1, 4))
     assert [line["steps"] for line in lines] == [1, 3, 4]
     for line in lines:
         alone = attack_of(1, line["steps"])
@@ -463,7 +464,7 @@ def test_stops_do_not_compile_again(tmp_path):
         traced.append(variables)
         return of(variables)
 
-    begin, advance, _ = proof.stages(attack, seen)
+    begin, advance, _ = validity.stages(attack, seen)
     image = jnp.zeros((2, *experiment.splits.train.shape))
     variables = weights(experiment)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -486,7 +487,7 @@ GOOD = dict(
 
 
 def failing(**changes):
-    return [check.name for check in proof.checks(**{**GOOD, **changes}) if not check.passed]
+    return [check.name for check in validity.checks(**{**GOOD, **changes}) if not check.passed]
 
 
 def test_every_check_passes_where_attacks_work_and_fails_where_they_do_not():
@@ -595,10 +596,10 @@ def test_images_from_elsewhere_that_do_better_than_gradients_void_the_number():
     accuracy = {"clean": 0.9, "pgd": 0.7, "noise": 0.85, "far": 0.0, "elsewhere": 0.1}
     margins = {"clean": -1.0, "pgd": -0.5}
     seen = probe.Slopes(np.ones(64), np.ones(64))
-    found = {c.name: c.passed for c in proof.checks(accuracy, margins, 64, seen)}
+    found = {c.name: c.passed for c in validity.checks(accuracy, margins, 64, seen)}
     assert not found["elsewhere is no better than white-box"]
     accuracy["elsewhere"] = 0.8
-    assert all(c.passed for c in proof.checks(accuracy, margins, 64, seen))
+    assert all(c.passed for c in validity.checks(accuracy, margins, 64, seen))
 
 
 @pytest.mark.parametrize(

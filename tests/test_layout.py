@@ -18,6 +18,7 @@ FLOORS = [
      "optimisers", "training", "checkpoints", "logs"],
     ["attacks", "defences", "methods", "bridges", "adapters"],
     ["evaluation"],
+    ["audit"],
     ["config"],
     ["runs"],
 ]  # fmt: skip

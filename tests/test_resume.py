@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over(again, config, uninterrupted):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from experiments import workdir
+from rain_jax.runs import workdir
 
 with workdir.held(Path(sys.argv[1])):
     print("held", flush=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cli import value_of
+from rain_jax.audit import ladder
 from rain_jax.checks import UsageError, nearest, one_of, within
 from rain_jax.config import attack_columns, networks, options, tree
 from rain_jax.config.schema import call, filled
@@ -186,7 +187,7 @@ def parts(spec: Mapping[str, Any], values: Mapping[str, Any], title: str, classe
     threat: Threat = call("config.threat", tree.threat, whole["threat"])
     column = {title: whole["evaluation"]["attacks"][title]}
     look = attack_columns.columns(options.Evaluation(attacks=column, distances={}), threat)[title]
-    if (look.through or "").startswith(networks.RUN):
+    if (look.through or "").startswith(ladder.RUN):
         raise UsageError(
             f"config.evaluation.attacks.{title}.through={look.through!r}: expected a form of the "
             "model itself"

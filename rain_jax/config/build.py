@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import optax
 
 from rain_jax import data, methods, optimisers, schedules, training
+from rain_jax.audit import ladder
 from rain_jax.checks import UsageError, within
-from rain_jax.config import attack_columns, corrupted, dry_run, ladder, networks, options
+from rain_jax.config import attack_columns, corrupted, dry_run, networks, options
 from rain_jax.config.schema import call, convert, located, make, registered
 from rain_jax.config.tree import CALLS, as_section, config, plain, threat, twin
 from rain_jax.methods.awp import awp
@@ -115,7 +116,7 @@ def experiment(whole: Any) -> Experiment:
         sections = {"network": spec["network"], "defence": spec["defence"]}
         built = networks.assembly({**sections, "start": parts["start"], "ensemble": group}, classes)
         for name, look in columns.items():
-            if look.through is None or look.through.startswith(networks.RUN):
+            if look.through is None or look.through.startswith(ladder.RUN):
                 continue
             try:
                 built.through(look.through)
@@ -209,7 +210,11 @@ def experiment(whole: Any) -> Experiment:
     if evaluation.ladder is not None:
         start: options.Start = parts["start"]
         budget = call("config.evaluation.ladder", ladder.Ladder, evaluation.ladder)
-        rungs = ladder.rungs(budget, the_threat, assembly, start.classifier)
+        try:
+            climbed = ladder.rungs(budget, the_threat, assembly.attackable, start.classifier)
+        except UsageError as error:
+            raise located("config.evaluation.ladder", error, evaluation.ladder) from None
+        rungs = {name: attack_columns.Column(*rung) for name, rung in climbed.items()}
         if evaluation.cascade:
             raise UsageError(
                 "config.evaluation.cascade: expected False beside a ladder, whose rungs are "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rain_jax import defences, evaluation, models
 from rain_jax.adapters import of_network
+from rain_jax.audit.ladder import UNDEFENDED, Forms
 from rain_jax.checks import UsageError, nearest, one_of
 from rain_jax.config import options
 from rain_jax.config.schema import make
@@ -18,8 +19,6 @@ from rain_jax.defences.vote import mean_logits, smallest_margins, vote_scores
 from rain_jax.types import Array, Defence, Key, Network, Variables
 
 _VOTES = {"vote": vote_scores, "mean": mean_logits, "margins": smallest_margins}
-# The classifier taken out of its defence; and another run, by its folder.
-UNDEFENDED, RUN = "classifier", "run:"
 
 
 class Assembly(NamedTuple):
@@ -35,6 +34,11 @@ class Assembly(NamedTuple):
     @property
     def network(self) -> Network:
         return self.through(None)
+
+    @property
+    def attackable(self) -> Forms:
+        """What the ladder of adaptive attacks is made from."""
+        return Forms(self.network.random, self.forms, self.votes, self.fixed)
 
 
 def assembly(spec: dict[str, Any], classes: int) -> Assembly:

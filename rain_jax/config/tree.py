@@ -14,8 +14,9 @@ import ml_collections
 
 from rain_jax import attacks, data, norms, training
 from rain_jax.attacks import suites
+from rain_jax.audit import ladder
 from rain_jax.checks import UsageError, nearest, one_of
-from rain_jax.config import attack_columns, ladder, options
+from rain_jax.config import attack_columns, options
 from rain_jax.config.schema import REGISTRIES, filled, filled_member
 from rain_jax.models import upscalers
 from rain_jax.types import Norm, Threat

@@ -6,9 +6,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,59 @@ def evaluate(
     drawn without saying so, for which it asks about the first four images; without `checks` also of
     their gradients. A check that does not hold is a line below the result's table.
     """
+    prepared = prepare(
+        model, images, labels, threat, partial(_columns, attacks, kept=folder is not None),
+        key=key, batch_size=batch_size, draws=draws, eight_bit=eight_bit, cascade=cascade,
+        random=random, recorded=[checks], slopes=not checks, folder=folder, replace=replace,
+        devices=devices, name=name, progress=progress,
+    )  # fmt: skip
+    evaluation, found = prepared.evaluation, prepared.warnings
+    seen = None
+    if checks:
+        with Progress(f"{evaluation.name}: checks", 1, unit="set", shown=progress) as bar:
+            seen = probe.look(evaluation)
+            bar.advance(1)
+    run = evaluation()
+    found += of_the_run(run)
+    verdicts = None if seen is None else tuple(audit.checks(evaluation, run, seen))
+    end(evaluation, run, record.described(evaluation, run, verdicts), found)
+    return Result(evaluation.name, evaluation.threat, prepared.images, run, tuple(found), verdicts)
+
+
+class Prepared(NamedTuple):
+    """An evaluation of a model that somebody has brought, which has not run yet."""
+
+    evaluation: Evaluation
+    images: np.ndarray  # float32 [N, H, W, C]
+    warnings: list[str]  # what a few answers of the model say against the numbers to come
+
+
+def prepare(
+    model: Any,
+    images: Any,
+    labels: Any,
+    threat: Threat,
+    columns_of: Callable[[Threat, Model, tuple[int, ...], int], dict[str, AttackColumn]],
+    *,
+    key: Key | None,
+    batch_size: int,
+    draws: int | None,
+    eight_bit: bool,
+    cascade: bool,
+    random: bool | None,
+    recorded: Any,
+    slopes: bool,
+    folder: str | os.PathLike[str] | None,
+    replace: bool,
+    devices: Devices | None,
+    name: str | None,
+    progress: bool | None,
+) -> Prepared:
+    """The evaluation that arguments of `evaluate` ask for, once they have been checked.
+
+    `columns_of(threat, model, shape of an image, classes)` makes the attacks by title; `recorded`
+    is `Evaluation.recorded`, and `slopes` says whether gradients of a few images are asked for now.
+    """
     try:
         images, labels = np.asarray(images), np.asarray(labels)
     except ValueError as error:
@@ -114,9 +168,9 @@ def evaluate(
     asked = as_model(model, images.shape[1:], random=random)
     classes = _classes(asked, images.shape[1:])
     _check_labels(labels, len(images), classes)
-    columns = _columns(attacks, threat, asked, images.shape[1:], classes, folder is not None)
+    columns = columns_of(threat, asked, images.shape[1:], classes)
     times = draws if draws is not None else _DRAWS if asked.random else 1
-    found = _look(asked, images, labels, times, slopes=not checks)
+    found = _look(asked, images, labels, times, slopes=slopes)
     whole_images = as_float(images)
     evaluation = Evaluation(
         model=asked,
@@ -137,33 +191,31 @@ def evaluate(
         batch_size=batch_size,
         folder=None if folder is None else Path(folder),
         name=asked.name if name is None else name,
-        identity=None if folder is None else _identity(asked, whole_images, labels),
-        recorded=[checks],
+        identity=None if folder is None else identity_of(asked, whole_images, labels),
+        recorded=recorded,
         shown=progress,
     )
     if folder is not None and not replace:
         record.refuse_another(Path(folder), evaluation, "name another folder, or give replace=True")
-    seen = None
-    if checks:
-        with Progress(f"{evaluation.name}: checks", 1, unit="set", shown=progress) as bar:
-            seen = probe.look(evaluation)
-            bar.advance(1)
-    run = evaluation()
-    found += _of_the_run(run)
-    verdicts = None if seen is None else tuple(audit.checks(evaluation, run, seen))
-    if folder is not None and jax.process_index() == 0:
-        content = record.described(evaluation, run, verdicts) | {"warnings": found}
+    return Prepared(evaluation, whole_images, found)
+
+
+def end(
+    evaluation: Evaluation, run: EvaluationRun, content: dict[str, Any], found: Sequence[str]
+) -> None:
+    """Leaves the record of an evaluation in its folder, where it has one, and warns of `found`."""
+    if evaluation.folder is not None and jax.process_index() == 0:
+        content = content | {"warnings": list(found)}
         content["flagged"] = bool(found) or content["flagged"]
-        record.write(Path(folder), content, run)
+        record.write(evaluation.folder, content, run)
     run.found.image = np.array(run.found.image)  # the file that it may lie in goes now
     evaluation.finish()
     for text in found:
-        warnings.warn(text, stacklevel=2)
-    return Result(evaluation.name, threat, whole_images, run, tuple(found), verdicts)
+        warnings.warn(text, stacklevel=3)
 
 
 def _columns(
-    attacks: Any, threat: Threat, model: Model, shape: tuple[int, ...], classes: int, kept: bool
+    attacks: Any, threat: Threat, model: Model, shape: tuple[int, ...], classes: int, *, kept: bool
 ) -> dict[str, AttackColumn]:
     """The attacks by title."""
     if isinstance(attacks, str):
@@ -194,13 +246,13 @@ def _columns(
             ) from None
     return {
         str(title): AttackColumn(
-            attack, settings=_attack_identity(attack, shape, classes) if kept else None
+            attack, settings=attack_identity(attack, shape, classes) if kept else None
         )
         for title, attack in attacks.items()
     }
 
 
-def _attack_identity(attack: Any, shape: tuple[int, ...], classes: int) -> str:
+def attack_identity(attack: Any, shape: tuple[int, ...], classes: int) -> str:
     """A hash of an attack: of its program on a model of as many classes."""
 
     def stand_in(key: Key, image: Any) -> Any:
@@ -211,7 +263,7 @@ def _attack_identity(attack: Any, shape: tuple[int, ...], classes: int) -> str:
     return _hashed(jax.make_jaxpr(lambda k, x, y: attack(k, stand_in, x, y))(key, image, label))
 
 
-def _of_the_run(run: EvaluationRun) -> list[str]:
+def of_the_run(run: EvaluationRun) -> list[str]:
     """What went wrong in attacks, in words."""
     found = []
     for title, column in run.columns.items():
@@ -282,7 +334,7 @@ def _answers_and_slopes(logits: Callable[..., Any]) -> Callable[..., Any]:
     return program
 
 
-def _identity(model: Model, images: np.ndarray, labels: np.ndarray) -> list[str]:
+def identity_of(model: Model, images: np.ndarray, labels: np.ndarray) -> list[str]:
     """Hashes of a model and of its images; its variables are hashed elsewhere.
 
     That is the program of its logits and of their gradient, which other rules for derivatives

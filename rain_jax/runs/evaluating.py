@@ -4,7 +4,8 @@ from pathlib import Path
 
 import jax
 
-from rain_jax.config import attack_columns, build, corrupted, ladder, networks, options
+from rain_jax.audit import ladder
+from rain_jax.config import attack_columns, build, corrupted, networks, options
 from rain_jax.runs import loading, workdir
 from rain_jax.config import schema as schema_
 from rain_jax import data, evaluation
@@ -19,7 +20,7 @@ _MAKERS = tuple(
     (build, corrupted, networks, ladder, attack_columns, schema_, options) if module.__file__
 )  # fmt: skip
 # Forms of a model whose gradients are not those of the deployed one.
-_OTHERS = networks.UNDEFENDED, "gray"
+_OTHERS = ladder.UNDEFENDED, "gray"
 
 
 def evaluation_key(seed: int) -> Key:
@@ -54,7 +55,7 @@ def evaluation_of(
         spec = wanted.attacks.get(title, {"name": title})
         return AttackColumn(
             look.attack, form, look.threat, named,
-            transfer=any(word in _OTHERS or word.startswith(networks.RUN) for word in words),
+            transfer=any(word in _OTHERS or word.startswith(ladder.RUN) for word in words),
             through=words,
             fixed=through in experiment.assembly.fixed,
             kind={key: spec[key] for key in spec if key not in ("steps", "step_size")},
@@ -87,8 +88,8 @@ def evaluation_of(
 
 def attacked_model(experiment: build.Experiment, variables: PyTree, through: str) -> Model:
     """The form of the model that an attack is run on: of the same weights, or another run's."""
-    if not through.startswith(networks.RUN):
+    if not through.startswith(ladder.RUN):
         return of_network(experiment.assembly.through(through), variables)
-    folder = Path(through.removeprefix(networks.RUN))
+    folder = Path(through.removeprefix(ladder.RUN))
     other = build.experiment(workdir.read_config(folder))
     return of_network(other.network, loading.restore(other, folder)[0])

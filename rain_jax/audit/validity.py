@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rain_jax import attacks, data, evaluation
-from rain_jax.config.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
-from rain_jax.evaluation import Evaluation
+from rain_jax.audit.ladder import BLACK_BOX, CONTROLS, ELSEWHERE, OBLIVIOUS, Ladder
+from rain_jax.evaluation import Evaluation, EvaluationRun
 from rain_jax.evaluation.audit import LEFT, SILENT, Check, above
 from rain_jax.evaluation.probe import Slopes, slopes
 from rain_jax.gradients import eot, exact
+from rain_jax.logs import Progress
 from rain_jax.losses import margin
 from rain_jax.parallel import image_keys, round_up
 from rain_jax.types import Array, Batch, Iteration, Key, PyTree
@@ -22,7 +23,7 @@ from rain_jax.types import Array, Batch, Iteration, Key, PyTree
 LOOKED_AT = 256
 
 
-class Proof(NamedTuple):
+class Validity(NamedTuple):
     """The checks of a ladder, and the sweep over draws and steps."""
 
     checks: list[Check]
@@ -33,8 +34,8 @@ class Proof(NamedTuple):
         """Whether the number may be printed."""
         return all(check.passed for check in self.checks)
 
-    def told(self) -> dict[str, Any]:
-        """For evaluation.json."""
+    def record(self) -> dict[str, Any]:
+        """What evaluation.json has of it."""
         return {
             "valid": self.valid,
             "checks": [check._asdict() for check in self.checks],
@@ -47,6 +48,19 @@ class Proof(NamedTuple):
         if not self.valid:
             lines.append("no worst case is given: the attacks did not work as they should")
         return tuple(lines)
+
+
+def of_run(planned: Evaluation, budget: Ladder, measured: EvaluationRun) -> Validity:
+    """Whether the attacks of a ladder worked, by what they came to and by a sweep made now."""
+    with Progress(f"{planned.name}: checks", 1, unit="set", shown=planned.shown) as bar:
+        seen, lines = looked_into(planned, budget, planned.key_of("proof"))
+        bar.advance(1)
+    accuracy = {title: float(np.mean(share)) for title, share in measured.robust.items()}
+    margins = {
+        title: float(np.mean(column.judgement.margin)) for title, column in measured.columns.items()
+    }
+    images = len(measured.columns["clean"].judgement.index)
+    return Validity(checks(accuracy, margins, images, seen, lines), lines)
 
 
 def sweep(

@@ -1,29 +1,31 @@
-"""The ladder of adaptive attacks on a defended model.
+"""The ladder of adaptive attacks on a defended model, as attacks on forms of the model.
 
     python -m experiments.evaluate --config=experiments/configs/ladder.py --workdir=RUN
+    rain_jax.evaluate_ladder(model, images, labels, threat, surrogates={"smooth": other})
 
-From what does not know the defence to what knows all of it. The rungs follow from what the defence
-declares: every surrogate is climbed, a random model is attacked in expectation, an ensemble member
-by member, too. The worst case over all rungs is the number, if the checks (`proof`) say that the
+From attacks that do not use the defence to attacks that use all of it. The rungs follow from the
+forms of the model: every surrogate is attacked, a random model in expectation, an ensemble member
+by member, too. The worst case over all rungs is the number, if the checks (`validity`) say that the
 attacks worked at all (Athalye et al., arXiv:1802.00420; Carlini et al., arXiv:1902.06705; Tramer et
 al., arXiv:2002.08347).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rain_jax import attacks, norms
 from rain_jax.attacks import suites
 from rain_jax.checks import UsageError, one_of, within
-from rain_jax.config.attack_columns import Column
-from rain_jax.config.networks import RUN, UNDEFENDED, Assembly
 from rain_jax.gradients import eot
 from rain_jax.losses import cross_entropy, margin
-from rain_jax.types import Iteration, Threat
+from rain_jax.types import Attack, Iteration, Threat
 
+# The classifier taken out of its defence; the undefended one at the defence's size; and another
+# run, by its folder.
+UNDEFENDED, GRAY, RUN = "classifier", "gray", "run:"
 # What knows nothing of the defence; what sees no gradient; what is no attack.
-OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", "gray"), ("square", "rays"), ("noise", "far")
+OBLIVIOUS, BLACK_BOX, CONTROLS = ("transfer", GRAY), ("square", "rays"), ("noise", "far")
 # What knows another model of the same kind.
 ELSEWHERE = "elsewhere"
 # Of a ladder's settings those that a rung turns on; the others choose among rungs.
@@ -31,6 +33,27 @@ BUDGET = ("steps", "draws", "restarts", "queries", "answers")
 # So many times the threat's radius nothing should stand. In L-inf no less than the first, at which
 # photographs can be made what one likes, and no more than the second: all pixels can be grey there.
 FAR_TIMES, FAR, GREY = 8.0, 64 / 255, 0.5
+
+
+class Forms(NamedTuple):
+    """The forms of a model that attacks may be run on, by name, beside the model itself."""
+
+    random: bool  # whether the model draws
+    # `UNDEFENDED`, `GRAY` and surrogates of the defence, those that there are.
+    names: tuple[str, ...] = ()
+    votes: tuple[str, ...] = ()  # the ways to attack an ensemble
+    fixed: frozenset[str] = frozenset()  # the forms that draw nothing, also of a random model
+
+
+class Rung(NamedTuple):
+    """An attack of the ladder."""
+
+    attack: Attack | Iteration
+    # The form of the model that it is run on, where that is not the one that is judged: one of
+    # `Forms`, or `RUN` and a folder.
+    through: str | None = None
+    # Another threat than the evaluation's. Such a rung is a check, and no part of the worst case.
+    threat: Threat | None = None
 
 
 @dataclass(frozen=True)
@@ -60,36 +83,37 @@ class Ladder:
 
     def __post_init__(self) -> None:
         for name in BUDGET:
-            within(f"config.evaluation.ladder.{name}", getattr(self, name), 1)
+            within(name, getattr(self, name), 1)
         for name in ("sweep_draws", "sweep_steps"):
-            within(f"config.evaluation.ladder.{name}", getattr(self, name) or 1, 1)
+            within(name, getattr(self, name) or 1, 1)
 
 
 def rungs(
-    ladder: Ladder, threat: Threat, assembly: Assembly, before: str | None = None
-) -> dict[str, Column]:
-    """The attacks of the ladder on a model, in the order in which they are climbed.
+    ladder: Ladder, threat: Threat, forms: Forms, before: str | None = None
+) -> dict[str, Rung]:
+    """The attacks of the ladder by name, in the order in which they are run.
 
-    `before` is the folder of the run that the classifier began with, whose model knows nothing of
-    the defence; without one that is the classifier taken out of it.
+    `before` is the folder of the run that the classifier began with, whose model is without the
+    defence; where there is none that is the classifier taken out of it. Raises `UsageError` about
+    a field of `ladder` that asks for a rung or a surrogate that there is not.
     """
-    random = assembly.network.random
+    random = forms.random
     inexact = eot(ladder.draws) if random else None
     size = threat.radius / 10
 
     def pgd(steps: int, on: Threat = threat, **more: Any) -> Iteration:
         return attacks.pgd(on, steps=steps, step_size=on.radius / 10, **more)
 
-    found = {"noise": Column(attacks.noise(threat))}
+    found = {"noise": Rung(attacks.noise(threat))}
     undefended = UNDEFENDED if before is None else f"{RUN}{before}"
-    gray = "gray" if "gray" in assembly.forms else UNDEFENDED
-    if assembly.forms:  # a plain network has nothing that an attacker could be unaware of
-        found["transfer"] = Column(pgd(40), undefended)
+    gray = GRAY if GRAY in forms.names else UNDEFENDED
+    if UNDEFENDED in forms.names:  # without a defence there is none that an attack could miss
+        found["transfer"] = Rung(pgd(40), undefended)
         if gray != undefended:
-            found["gray"] = Column(pgd(40), gray)
+            found[GRAY] = Rung(pgd(40), gray)
     found |= {
-        "fgsm": Column(attacks.fgsm(threat, estimator=inexact)),
-        "pgd": Column(
+        "fgsm": Rung(attacks.fgsm(threat, estimator=inexact)),
+        "pgd": Rung(
             attacks.pgd(
                 threat, steps=2 * ladder.steps, step_size=size / 2, restarts=ladder.restarts
             )
@@ -97,48 +121,48 @@ def rungs(
     }
     if random:
         for name, loss in ("eot_ce", cross_entropy), ("eot_margin", margin):
-            found[name] = Column(pgd(ladder.steps, estimator=inexact, loss=loss))
+            found[name] = Rung(pgd(ladder.steps, estimator=inexact, loss=loss))
         found |= {
-            name: Column(member)
+            name: Rung(member)
             for name, member in suites.rand(threat, steps=ladder.steps, draws=ladder.draws).items()
         }
         if threat.norm is norms.linf:
             found |= _official(ladder, threat)
     elif threat.norm is not norms.l1:
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
-        found |= {name: Column(member) for name, member in whole.items() if name != "square"}
-    for name in _surrogates(ladder, assembly):
-        needed = None if name in assembly.fixed else inexact
-        found[name] = Column(pgd(ladder.steps, estimator=needed, loss=margin), name)
-    for name in assembly.votes:
-        found[name] = Column(pgd(ladder.steps, estimator=inexact, loss=margin), name)
+        found |= {name: Rung(member) for name, member in whole.items() if name != "square"}
+    for name in _surrogates(ladder, forms):
+        needed = None if name in forms.fixed else inexact
+        found[name] = Rung(pgd(ladder.steps, estimator=needed, loss=margin), name)
+    for name in forms.votes:
+        found[name] = Rung(pgd(ladder.steps, estimator=inexact, loss=margin), name)
     if ladder.elsewhere is not None:
-        found[ELSEWHERE] = Column(
+        found[ELSEWHERE] = Rung(
             pgd(ladder.steps, estimator=inexact, loss=margin, keep="last"),
             f"{RUN}{ladder.elsewhere}",
         )
     if threat.norm is not norms.l1:
         answers = ladder.answers if random else 1
-        found["square"] = Column(attacks.square(threat, queries=ladder.queries, answers=answers))
+        found["square"] = Rung(attacks.square(threat, queries=ladder.queries, answers=answers))
     if threat.norm is norms.linf:
-        found["rays"] = Column(attacks.rays(threat, queries=ladder.queries))
+        found["rays"] = Rung(attacks.rays(threat, queries=ladder.queries))
     far = FAR_TIMES * threat.radius
     if threat.norm is norms.linf:
         far = min(GREY, max(FAR, far))
     distant = threat._replace(radius=far)
-    found["far"] = Column(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
+    found["far"] = Rung(pgd(ladder.steps, distant, estimator=inexact, loss=margin), None, distant)
     for name in ladder.without:
-        one_of("config.evaluation.ladder.without", name, [name for name in found if name != "far"])
+        one_of("without", name, [name for name in found if name != "far"])
     white = found.keys() - {*OBLIVIOUS, *BLACK_BOX, *CONTROLS, ELSEWHERE, *ladder.without}
     if not any(not name.startswith("official") for name in white):
         raise UsageError(
-            f"config.evaluation.ladder.without={ladder.without!r}: expected at least one rung to "
+            f"without={ladder.without!r}: expected at least one rung to "
             "be left that knows the gradients"
         )
     return {name: look for name, look in found.items() if name not in ladder.without}
 
 
-def _official(ladder: Ladder, threat: Threat) -> dict[str, Column]:
+def _official(ladder: Ladder, threat: Threat) -> dict[str, Rung]:
     """RAIN's attacks as its authors' code sets them, on logits in the place of probabilities.
 
     Twice as many draws as elsewhere: 40 where those are 20. They tell what such an evaluation would
@@ -147,9 +171,9 @@ def _official(ladder: Ladder, threat: Threat) -> dict[str, Column]:
     wide, usual = (threat._replace(radius=radius / 255) for radius in (16, 8))
     estimator = eot(2 * ladder.draws)
 
-    def look(on: Threat, size: float, **more: Any) -> Column:
+    def look(on: Threat, size: float, **more: Any) -> Rung:
         attack = attacks.pgd(on, steps=40, step_size=size, start="clean", keep="last", **more)
-        return Column(attack, None, None if math.isclose(on.radius, threat.radius) else on)
+        return Rung(attack, None, None if math.isclose(on.radius, threat.radius) else on)
 
     return {
         "official_pgd": look(wide, 1 / 255),
@@ -157,13 +181,11 @@ def _official(ladder: Ladder, threat: Threat) -> dict[str, Column]:
     }
 
 
-def _surrogates(ladder: Ladder, assembly: Assembly) -> tuple[str, ...]:
-    known = tuple(f for f in assembly.forms if f not in (UNDEFENDED, "gray"))
+def _surrogates(ladder: Ladder, forms: Forms) -> tuple[str, ...]:
+    known = tuple(name for name in forms.names if name not in (UNDEFENDED, GRAY))
     if ladder.surrogates is None:
         return known
     for name in ladder.surrogates:
         if name not in known:
-            raise UsageError(
-                f"config.evaluation.ladder.surrogates={name!r}: expected some of {', '.join(known)}"
-            )
+            raise UsageError(f"surrogates={name!r}: expected some of {', '.join(known)}")
     return ladder.surrogates
