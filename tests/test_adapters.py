@@ -127,6 +127,23 @@ def test_networks_of_this_project():
     np.testing.assert_allclose(logits_of(model), network.apply(variables, IMAGES)[0], atol=1e-5)
 
 
+def test_a_function_of_an_image_around_a_network_of_this_project():
+    """It refuses batches of batches by errors of this project's, which are no verdict on it."""
+    network = models.cnn(3, widths=(4,), hidden=4)
+    variables = network.init(KEY, IMAGES)
+    shifted = lambda key, x: jnp.roll(x, jax.random.randint(key, (), 0, 2), 0)
+    alone = lambda key, x: network.apply(variables, shifted(key, x)[None])[0][0]
+    model = as_model(alone, SHAPE)
+    assert model.random
+    for key in jax.random.split(KEY, 3):
+        expected = alone(key, IMAGES[0])
+        np.testing.assert_allclose(
+            model.logits(model.variables, key, IMAGES[0]), expected, rtol=1e-5
+        )
+    with pytest.raises(UsageError, match=r"expected \[B, H, W, C\]"):
+        as_model(lambda x: network.apply(variables, x[None, None])[0], SHAPE)
+
+
 def test_functions_of_a_batch_and_of_an_image():
     image = lambda x: x.reshape(-1) @ WEIGHTS
     shapes = []
@@ -170,6 +187,19 @@ def test_a_function_is_what_it_closes_over_now():
     again = as_model(function, SHAPE)
     assert again.logits is first.logits
     np.testing.assert_allclose(logits_of(again), 2 * flat(IMAGES), rtol=1e-5)
+
+
+def test_weights_on_a_mesh_are_refused_with_the_remedy():
+    """JAX cannot map over devices what was traced with them."""
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.device_put(WEIGHTS, spec)
+    with pytest.raises(UsageError, match=r"jax.device_put\(arrays, jax.devices\(\)\[0\]\)"):
+        as_model(lambda x: x.ravel() @ placed, SHAPE)
+    moved = jax.device_put(placed, jax.devices()[0])
+    np.testing.assert_allclose(
+        logits_of(as_model(lambda x: x.ravel() @ moved, SHAPE)), flat(IMAGES), rtol=1e-5
+    )
 
 
 def test_a_function_need_not_be_hashable():

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from rain_jax.adapters.modules import Forward, known_module, of_network
 from rain_jax.checks import UsageError
@@ -124,6 +125,11 @@ def _replayed(forward: Forward, batched: bool, shape: tuple[int, ...]) -> Model:
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
     replay = constants_apart(lambda key, image: one((), key, image), key, image)
+    if any(isinstance(getattr(c, "sharding", None), NamedSharding) for c in replay.constants):
+        raise UsageError(
+            "the model closes over arrays that are placed on a mesh: expected arrays on one "
+            "device, jax.device_put(arrays, jax.devices()[0])"
+        )
     try:
         known = _replays.setdefault(forward.function, {})
     except TypeError:  # not hashable, or never to be referred to weakly
@@ -146,8 +152,6 @@ def _asked(forward: Forward, shape: tuple[int, ...]) -> Model:
     for batched in (True, False) if forward.batched is None else (forward.batched,):
         try:
             found = [output(size) for size in _BATCHES] if batched else [output()]
-        except UsageError:
-            raise
         except Exception as error:
             errors.append(error)
             continue
@@ -160,6 +164,9 @@ def _asked(forward: Forward, shape: tuple[int, ...]) -> Model:
         if not batched and getattr(found[0], "ndim", None) == 1:
             return _checked(forward, False, found[0], shape)
     if not outputs:
+        for one in errors:
+            if isinstance(one, UsageError):
+                raise one
         first = " ".join(str(errors[0]).split())
         raise UsageError(
             f"the model cannot be asked about images {list(shape)}: "

@@ -47,7 +47,9 @@ def load(folder: str | os.PathLike[str], checkpoint: Literal["best", "latest"] =
     experiment = build.experiment(workdir.read_config(place))
     asked = dataclasses.replace(experiment.evaluation, checkpoint=checkpoint)
     experiment = experiment._replace(evaluation=asked)
-    return Trained(experiment.network, restore(experiment, place)[0])
+    variables = jax.tree.map(np.asarray, restore(experiment, place)[0])
+    # On no mesh, so that whoever closes over them may map over one.
+    return Trained(experiment.network, jax.tree.map(jnp.asarray, variables))
 
 
 def restore(experiment: build.Experiment, folder: Path) -> tuple[PyTree, int]:
