@@ -43,7 +43,11 @@ def weights(digits):
 
 @pytest.fixture(scope="module")
 def plain(weights):
-    return lambda image: image.ravel() @ weights[:-1] + weights[-1]
+    def logits(image):
+        assert image.dtype == jnp.float32  # whatever the images were
+        return image.ravel() @ weights[:-1] + weights[-1]
+
+    return logits
 
 
 def coarse(image):
@@ -112,6 +116,7 @@ def test_attacks_that_did_not_work_give_no_number(plain, digits, tmp_path):
     ("given", "says"),
     [
         ({"surrogates": {"clean": None}}, "another name than 'clean'"),
+        ({"surrogates": {"square": lambda x: x.ravel()}}, "a rung of the ladder has this one"),
         ({"surrogates": {"smooth": 3}}, "smooth: model=3: expected a function"),
         ({"ladder": Ladder(elsewhere="runs/other")}, "ladder.elsewhere='runs/other': expected"),
         ({"ladder": Ladder(surrogates=("smoth",))}, "surrogates='smoth'"),

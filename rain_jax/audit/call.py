@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -118,13 +118,10 @@ def evaluate_ladder(
         given[title] = form
     prepared = prepare(
         model, images, labels, threat,
-        partial(
-            _columns, ladder, given, images=np.asarray(images), labels=np.asarray(labels),
-            kept=folder is not None,
-        ),
+        partial(_columns, ladder, given, kept=folder is not None),
         key=key, batch_size=batch_size, draws=draws, eight_bit=eight_bit, cascade=False,
-        random=random, recorded=["ladder"], slopes=False, folder=folder, replace=replace,
-        devices=devices, name=name, progress=progress,
+        random=random, recorded=["ladder", asdict(ladder)], slopes=False, folder=folder,
+        replace=replace, devices=devices, name=name, progress=progress,
     )  # fmt: skip
     evaluation, found = prepared.evaluation, prepared.warnings
     run = evaluation()
@@ -141,11 +138,11 @@ def evaluate_ladder(
 
 
 def _columns(
-    ladder: Ladder, given: Mapping[str, Any], threat: Threat, model: Model,
-    shape: tuple[int, ...], classes: int, *, images: np.ndarray, labels: np.ndarray,
-    kept: bool,
+    ladder: Ladder, given: Mapping[str, Any], threat: Threat, model: Model, images: np.ndarray,
+    labels: np.ndarray, classes: int, *, kept: bool,
 ) -> dict[str, AttackColumn]:  # fmt: skip
     """The rungs of the ladder as columns of an evaluation."""
+    shape = images.shape[1:]
     forms = {title: _form(title, one, shape) for title, one in given.items()}
     fixed = frozenset(title for title, one in forms.items() if not one.random)
     known = Forms(model.random, tuple(forms), (), fixed)

@@ -132,6 +132,10 @@ def rungs(
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
         found |= {name: Rung(member) for name, member in whole.items() if name != "square"}
     for name in _surrogates(ladder, forms):
+        if name in (*found, *BLACK_BOX, *CONTROLS, ELSEWHERE):
+            raise UsageError(
+                f"surrogates={name!r}: expected another name: a rung of the ladder has this one"
+            )
         needed = None if name in forms.fixed else inexact
         found[name] = Rung(pgd(ladder.steps, estimator=needed, loss=margin), name)
     for name in forms.votes:

@@ -128,7 +128,7 @@ def prepare(
     images: Any,
     labels: Any,
     threat: Threat,
-    columns_of: Callable[[Threat, Model, tuple[int, ...], int], dict[str, AttackColumn]],
+    columns_of: Callable[[Threat, Model, np.ndarray, np.ndarray, int], dict[str, AttackColumn]],
     *,
     key: Key | None,
     batch_size: int,
@@ -146,8 +146,9 @@ def prepare(
 ) -> Prepared:
     """The evaluation that arguments of `evaluate` ask for, once they have been checked.
 
-    `columns_of(threat, model, shape of an image, classes)` makes the attacks by title; `recorded`
-    is `Evaluation.recorded`, and `slopes` says whether gradients of a few images are asked for now.
+    `columns_of(threat, model, images, labels, classes)` makes the attacks by title, of images in
+    float32; `recorded` is `Evaluation.recorded`, and with `slopes` gradients of a few images are
+    asked for.
     """
     try:
         images, labels = np.asarray(images), np.asarray(labels)
@@ -168,10 +169,10 @@ def prepare(
     asked = as_model(model, images.shape[1:], random=random)
     classes = _classes(asked, images.shape[1:])
     _check_labels(labels, len(images), classes)
-    columns = columns_of(threat, asked, images.shape[1:], classes)
+    whole_images = as_float(images)
+    columns = columns_of(threat, asked, whole_images, labels, classes)
     times = draws if draws is not None else _DRAWS if asked.random else 1
     found = _look(asked, images, labels, times, slopes=slopes)
-    whole_images = as_float(images)
     evaluation = Evaluation(
         model=asked,
         source=from_arrays(
@@ -215,7 +216,14 @@ def end(
 
 
 def _columns(
-    attacks: Any, threat: Threat, model: Model, shape: tuple[int, ...], classes: int, *, kept: bool
+    attacks: Any,
+    threat: Threat,
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    kept: bool,
 ) -> dict[str, AttackColumn]:
     """The attacks by title."""
     if isinstance(attacks, str):
@@ -246,7 +254,7 @@ def _columns(
             ) from None
     return {
         str(title): AttackColumn(
-            attack, settings=attack_identity(attack, shape, classes) if kept else None
+            attack, settings=attack_identity(attack, images.shape[1:], classes) if kept else None
         )
         for title, attack in attacks.items()
     }
