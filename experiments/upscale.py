@@ -142,7 +142,7 @@ class Beginner(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Everything that a config describes, checked and built: a `steps.Task`."""
+    """Everything that a config describes, checked and built: a `step_programs.Task`."""
 
     config: dict[str, Any]
     seed: int
@@ -222,11 +222,11 @@ def experiment(whole: Any) -> Experiment:
         parts["training"], parts["validation"], parts["evaluation"], parts["checkpoints"],
         parts["parallel"],
     )  # fmt: skip
-    _rehearse(built)
+    _dry_run(built)
     return built
 
 
-def _rehearse(built: Experiment) -> None:
+def _dry_run(built: Experiment) -> None:
     """Traces a step on the shapes of the data, so that what does not fit is met before a run."""
     key = jax.eval_shape(jax.random.key, 0)
     shape = (1, *built.splits.train.shape)

@@ -16,7 +16,7 @@ class Column(NamedTuple):
 
     attack: Attack | Iteration
     # The form of the model that it climbs, where that is not the one that is judged: what
-    # `defended.Assembly.through` takes.
+    # `networks.Assembly.through` takes.
     through: str | None = None
     # Another threat than the experiment's. Such a column is a check, and no part of the worst case.
     threat: Threat | None = None

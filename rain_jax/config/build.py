@@ -47,7 +47,7 @@ class Experiment(NamedTuple):
     evaluation: options.Evaluation
     columns: dict[str, attack_columns.Column]  # of the evaluation
     distances: dict[str, Attack]
-    ladder: ladder.Ladder | None  # whose rungs are among the looks
+    ladder: ladder.Ladder | None  # whose rungs are among the columns
     checkpoints: options.Checkpointing
     parallel: options.Parallel
 
@@ -236,7 +236,7 @@ def experiment(whole: Any) -> Experiment:
         validation_attack, evaluation, columns, distances, budget, parts["checkpoints"],
         parts["parallel"],
     )  # fmt: skip
-    dry_run.rehearse(
+    dry_run.trace(
         spec, network, splits.train.shape,
         change=built.augment.change, objective=built.objective, attacks=_attacks_of(built),
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Attacked(NamedTuple):
     attack: Attack | Iteration
 
 
-def rehearse(
+def trace(
     spec: Mapping[str, Any],
     network: Network,
     shape: tuple[int, ...],

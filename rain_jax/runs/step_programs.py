@@ -62,7 +62,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(seed: int) -> Keys:
-    """The run's keys; evaluation has its own root, see `measure.evaluation_key`."""
+    """The run's keys; evaluation has its own root, see `evaluating.evaluation_key`."""
     return Keys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 5))
 
 
