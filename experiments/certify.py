@@ -40,6 +40,9 @@ from rain_jax.runs.evaluating import key_of
 from rain_jax.runs.loading import check_finite, restore
 from rain_jax.types import PyTree
 
+# How many images published tables take.
+_IMAGES = 500
+
 
 @dataclass(frozen=True)
 class Certification:
@@ -48,15 +51,16 @@ class Certification:
     `sigma` is the noise, one or several; None is that of the run's `gaussian_noise`. `selection`
     draws (n0) choose the class of an image, `draws` others (n) bound its probability, each
     statement wrong with a chance of `alpha` at most: published defaults. `images` are as many test
-    images, every `every`-th; published tables take 500, on CIFAR-10 every 20th. `block` images are
-    asked at a time, `config.evaluation.batch_size` copies in all. `radii` are those of the table.
+    images, every `every`-th, by default 500 or all there are; published tables take 500, on
+    CIFAR-10 every 20th. `block` images are asked at a time, `config.evaluation.batch_size` copies
+    in all. `radii` are those of the table.
     """
 
     sigma: float | tuple[float, ...] | None = None
     draws: int = 100_000
     selection: int = 100
     alpha: float = 0.001
-    images: int = 500
+    images: int | None = None
     every: int = 1
     block: int = 8
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -67,7 +71,8 @@ class Certification:
         if self.sigma == () or len(set(self.sigmas)) < len(self.sigmas):
             raise UsageError(f"config.sigma={self.sigma}: expected one at least, and none twice")
         for name in ("draws", "selection", "images", "every", "block"):
-            within(f"config.{name}", getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                within(f"config.{name}", getattr(self, name), 1)
         within("config.draws", self.draws, self.selection, smoothing.MOST_DRAWS,
                hint="; at least as many as config.selection")  # fmt: skip
         within("config.alpha", self.alpha, above=0.0, below=1.0)
@@ -145,6 +150,18 @@ def begun(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
+def places_of(asked: Certification, source: data.Source) -> np.ndarray:
+    """The images that are certified, by their places; raises where there are not so many."""
+    places = np.arange(0, source.size, asked.every)
+    if asked.images is not None and asked.images > len(places):
+        each = f", every {asked.every}th" if asked.every > 1 else ""
+        raise UsageError(
+            f"config.images={asked.images:,}: expected at most {len(places):,}, the images of "
+            f"{source.name}{each}"
+        )
+    return places[: _IMAGES if asked.images is None else asked.images]
+
+
 def measure(
     asked: Certification, through: str | None, experiment: build.Experiment, variables: PyTree,
     path: Path, done: list[dict[str, Any]],
@@ -161,7 +178,7 @@ def measure(
     variables = devices.replicate(variables)
     keys = devices.replicate(tuple(jax.random.split(key_of(experiment.seed, "smoothing"))))
     source = experiment.splits.test
-    places = np.arange(0, source.size, asked.every)[: asked.images]
+    places = places_of(asked, source)
     known = {(line["sigma"], index) for line in done for index in line["index"]}
     todo = {s: np.array([p for p in places if (s, p) not in known], int) for s in asked.sigmas}
     lines = list(done)
@@ -294,6 +311,7 @@ def main(config: ml_collections.ConfigDict, folder: Path) -> None:
     asked = call("config", Certification, {key: spec.pop(key) for key in OWN if key in spec})
     experiment = build.experiment(spec)
     asked, through = completed(asked, experiment)
+    places_of(asked, experiment.splits.test)  # or it is refused after the weights are read
     workdir.check_writable(folder)
     with workdir.held(folder):
         _certify(asked, through, experiment, folder)

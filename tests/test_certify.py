@@ -196,6 +196,7 @@ def test_the_noise_of_the_run_is_the_default_and_is_not_added_twice(trained, tmp
         ("alpha=0", "config.alpha=0.0"),
         ("selection=500", "config.draws=200: expected a number in [500, "),
         ("images=0", "config.images=0"),
+        ("images=2000", "config.images=2,000: expected at most"),
         ("every=0", "config.every=0"),
         ("block=0", "config.block=0"),
         ("radii=(-1,)", "config.radii=(-1.0,)"),
