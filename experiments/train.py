@@ -215,7 +215,9 @@ def make_validator(experiment: build.Experiment, devices: Devices) -> Validator 
     judge = evaluation.judging(of, evaluation.Rules(experiment.threat), devices, batch_size=size)
     drives: dict[str, evaluation.Drive] = {"clean": lambda *given: evaluation.as_they_are(given[2])}
     if attack is not None:
-        drives["robust"] = evaluation.packed(attack, of, devices, batch_size=size)
+        # Of a random model the first bad draw proves nothing.
+        early = not experiment.network.random
+        drives["robust"] = evaluation.packed(attack, of, devices, batch_size=size, early=early)
 
     def validate(state: training.TrainState, key: Key, log: MetricsLog, step: int) -> float:
         variables = training.variables_of(training.model_of(state))

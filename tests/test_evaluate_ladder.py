@@ -1,5 +1,6 @@
 """The ladder of adaptive attacks on a model that somebody has brought, without a config."""
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,7 @@ import pytest
 import rain_jax
 from rain_jax import data
 from rain_jax.attacks import suites
-from rain_jax.audit import Ladder
+from rain_jax.audit import Forms, Ladder, rungs
 from rain_jax.checks import UsageError
 from rain_jax.gradients import straight_through
 from rain_jax.norms import linf
@@ -112,11 +113,46 @@ def test_attacks_that_did_not_work_give_no_number(plain, digits, tmp_path):
     assert record["worst_case"] is None
 
 
+def test_forms_are_attacked_whatever_else_is_given():
+    """The gray form by itself, and along means where a form draws and the model does not."""
+    found = rungs(Ladder(), THREAT, Forms(False, ("gray",)))
+    assert found["gray"].through == "gray"
+    assert "transfer" not in found
+    names = "classifier", "gray", "smooth", "still"
+    forms = Forms(False, names, (), frozenset({"still"}), frozenset(names) - {"still"})
+    found = rungs(Ladder(draws=7), THREAT, forms)
+    draws = {name: found[name].attack.draws for name in ("transfer", "gray", "smooth", "still")}
+    assert draws == {"transfer": 7, "gray": 7, "smooth": 7, "still": 1}
+
+
+def test_one_attack_is_the_worst_case_of_itself(plain, digits):
+    alone = dataclasses.replace(
+        SMALL, without=(*LEFT_OUT, "noise", "square"), sweep_draws=(), sweep_steps=()
+    )
+    result = rain_jax.evaluate_ladder(plain, *digits[:2], THREAT, alone)
+    assert list(result.robust) == ["clean", "apgd_ce", "far"]
+    assert result.valid
+    assert result.robust_accuracy == result.accuracy["apgd_ce"]
+    assert repr(result) == str(result)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"surrogates": {"clean": None}}, "another name than 'clean'"),
-        ({"surrogates": {"square": lambda x: x.ravel()}}, "a rung of the ladder has this one"),
+        ({"surrogates": {"square": lambda x: x.ravel()[:10]}}, "a rung of the ladder has this one"),
+        (
+            {"surrogates": {"official": lambda x: x.ravel()[:10]}},
+            "a rung of the ladder has this one",
+        ),
+        (
+            {"surrogates": {"transfer": lambda x: x.ravel()[:10]}},
+            "a rung of the ladder has this one",
+        ),
+        ({"surrogates": {"smooth": lambda x: x.ravel()}}, "smooth gives 64 logits: expected 10"),
+        ({"surrogates": {1: lambda x: x.ravel()}}, "expected models by name"),
+        ({"surrogates": lambda x: x.ravel()}, "expected models by name"),
+        ({"ladder": {"steps": 3}}, "expected a rain_jax.audit.Ladder"),
         ({"surrogates": {"smooth": 3}}, "smooth: model=3: expected a function"),
         ({"ladder": Ladder(elsewhere="runs/other")}, "ladder.elsewhere='runs/other': expected"),
         ({"ladder": Ladder(surrogates=("smoth",))}, "surrogates='smoth'"),

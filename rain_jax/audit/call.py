@@ -14,13 +14,21 @@ from rain_jax.audit import validity
 from rain_jax.audit.ladder import GRAY, RUN, UNDEFENDED, Forms, Ladder, Rung, rungs
 from rain_jax.checks import UsageError
 from rain_jax.evaluation import AttackColumn, record
-from rain_jax.evaluation.call import attack_identity, end, identity_of, of_the_run, prepare
+from rain_jax.evaluation.call import (
+    attack_identity,
+    classes_of,
+    end,
+    identity_of,
+    of_the_run,
+    prepare,
+)
 from rain_jax.evaluation.result import Result
+from rain_jax.evaluation.resume import digest_of
 from rain_jax.parallel import Devices
 from rain_jax.types import Key, Model, Threat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LadderResult(Result):
     """What a ladder came to: each attack by itself, their worst case, and whether they worked.
 
@@ -46,7 +54,8 @@ class LadderResult(Result):
     @property
     def robust_accuracy(self) -> float:
         """The worst case over all attacks; not a number where a check failed."""
-        return self.accuracy.get("worst case", math.nan)
+        counted = [title for title in self.robust if title not in self.run.checks]
+        return self.accuracy[counted[-1]] if self.valid else math.nan
 
     def _notes(self) -> list[str]:
         return [f"! {line}" for line in self.warnings] + list(
@@ -103,6 +112,11 @@ def evaluate_ladder(
     Raises `UsageError` for arguments of another kind.
     """
     ladder = Ladder() if ladder is None else ladder
+    if not isinstance(ladder, Ladder):
+        raise UsageError(f"ladder={ladder!r:.60}: expected a rain_jax.audit.Ladder")
+    surrogates = {} if surrogates is None else surrogates
+    if not isinstance(surrogates, Mapping) or not all(isinstance(n, str) for n in surrogates):
+        raise UsageError(f"surrogates={surrogates!r:.60}: expected models by name")
     if ladder.elsewhere is not None:
         raise UsageError(
             f"ladder.elsewhere={ladder.elsewhere!r}: expected None: a run's folder is for "
@@ -112,7 +126,7 @@ def evaluate_ladder(
     for title, form in ((UNDEFENDED, undefended), (GRAY, gray)):
         if form is not None:
             given[title] = form
-    for title, form in (surrogates or {}).items():
+    for title, form in surrogates.items():
         if title in (UNDEFENDED, GRAY, "clean", "worst case") or title.startswith(RUN):
             raise UsageError(f"surrogates: expected another name than {title!r}, which is taken")
         given[title] = form
@@ -128,8 +142,9 @@ def evaluate_ladder(
     found += of_the_run(run)
     checked = validity.of_run(evaluation, ladder, run)
     content = record.described(evaluation, run) | {"ladder": checked.record()}
+    content["flagged"] = not checked.valid
     if not checked.valid:
-        content |= {"worst_case": None, "flagged": True}
+        content["worst_case"] = None
     end(evaluation, run, content, found)
     return LadderResult(
         evaluation.name, evaluation.threat, prepared.images, run, tuple(found),
@@ -143,9 +158,10 @@ def _columns(
 ) -> dict[str, AttackColumn]:  # fmt: skip
     """The rungs of the ladder as columns of an evaluation."""
     shape = images.shape[1:]
-    forms = {title: _form(title, one, shape) for title, one in given.items()}
-    fixed = frozenset(title for title, one in forms.items() if not one.random)
-    known = Forms(model.random, tuple(forms), (), fixed)
+    forms = {title: _form(title, one, shape, classes) for title, one in given.items()}
+    drawing = frozenset(title for title, one in forms.items() if one.random)
+    fixed = frozenset(forms) - drawing
+    known = Forms(model.random, tuple(forms), (), fixed, drawing)
 
     def column(title: str, rung: Rung) -> AttackColumn:
         through = rung.through
@@ -153,7 +169,8 @@ def _columns(
         settings = None
         if kept:
             settings = [attack_identity(rung.attack, shape, classes)]
-            settings += [] if form is None else identity_of(form, images, labels)
+            if form is not None:
+                settings += [*identity_of(form, images, labels), digest_of(form.variables)]
         return AttackColumn(
             rung.attack, None if form is None else lambda: form, rung.threat, settings,
             transfer=through in (UNDEFENDED, GRAY),
@@ -164,8 +181,11 @@ def _columns(
     return {title: column(title, rung) for title, rung in rungs(ladder, threat, known).items()}
 
 
-def _form(title: str, form: Any, shape: tuple[int, ...]) -> Model:
+def _form(title: str, form: Any, shape: tuple[int, ...], classes: int) -> Model:
     try:
-        return as_model(form, shape)
+        model = as_model(form, shape)
     except UsageError as error:
         raise UsageError(f"{title}: {error}") from None
+    if (own := classes_of(model, shape)) != classes:
+        raise UsageError(f"{title} gives {own} logits: expected {classes}, as the model gives")
+    return model

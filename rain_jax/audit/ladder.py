@@ -43,6 +43,8 @@ class Forms(NamedTuple):
     names: tuple[str, ...] = ()
     votes: tuple[str, ...] = ()  # the ways to attack an ensemble
     fixed: frozenset[str] = frozenset()  # the forms that draw nothing, also of a random model
+    # The forms that are known to draw by themselves, also of a model that does not.
+    drawing: frozenset[str] = frozenset()
 
 
 class Rung(NamedTuple):
@@ -107,10 +109,15 @@ def rungs(
     found = {"noise": Rung(attacks.noise(threat))}
     undefended = UNDEFENDED if before is None else f"{RUN}{before}"
     gray = GRAY if GRAY in forms.names else UNDEFENDED
+
+    def along(name: str) -> Any:
+        """How gradients of a form are estimated: along the mean where it draws."""
+        return eot(ladder.draws) if name in forms.drawing else None
+
     if UNDEFENDED in forms.names:  # without a defence there is none that an attack could miss
-        found["transfer"] = Rung(pgd(40), undefended)
-        if gray != undefended:
-            found[GRAY] = Rung(pgd(40), gray)
+        found["transfer"] = Rung(pgd(40, estimator=along(undefended)), undefended)
+    if gray in forms.names and gray != undefended:
+        found[GRAY] = Rung(pgd(40, estimator=along(gray)), gray)
     found |= {
         "fgsm": Rung(attacks.fgsm(threat, estimator=inexact)),
         "pgd": Rung(
@@ -132,11 +139,12 @@ def rungs(
         whole = suites.standard(threat, steps=ladder.steps, queries=ladder.queries)
         found |= {name: Rung(member) for name, member in whole.items() if name != "square"}
     for name in _surrogates(ladder, forms):
-        if name in (*found, *BLACK_BOX, *CONTROLS, ELSEWHERE):
+        taken = (*found, *OBLIVIOUS, *BLACK_BOX, *CONTROLS, ELSEWHERE)
+        if name in taken or name.startswith("official"):
             raise UsageError(
                 f"surrogates={name!r}: expected another name: a rung of the ladder has this one"
             )
-        needed = None if name in forms.fixed else inexact
+        needed = along(name) or (None if name in forms.fixed else inexact)
         found[name] = Rung(pgd(ladder.steps, estimator=needed, loss=margin), name)
     for name in forms.votes:
         found[name] = Rung(pgd(ladder.steps, estimator=inexact, loss=margin), name)

@@ -2,7 +2,7 @@
 
 A config file's `get_config` returns `config(**sections)`. `build.experiment` makes the objects:
 `schema` turns a section into a call of the library, `options` has the sections that are no such
-call, `tree` completes a config by its defaults, `networks`, `attack_columns` and `ladder` make
+call, `tree` completes a config by its defaults, `networks`, `attack_columns` and `corrupted` make
 what their names say, and `dry_run` traces all of it on the shapes of its data.
 """
 

@@ -167,7 +167,7 @@ def prepare(
     threat = _checked(threat)
     _check_images(threat, images, labels)
     asked = as_model(model, images.shape[1:], random=random)
-    classes = _classes(asked, images.shape[1:])
+    classes = classes_of(asked, images.shape[1:])
     _check_labels(labels, len(images), classes)
     whole_images = as_float(images)
     columns = columns_of(threat, asked, whole_images, labels, classes)
@@ -382,7 +382,7 @@ def _constants(program: Any) -> Iterator[Any]:
                 yield from _constants(value)
 
 
-def _classes(model: Model, shape: tuple[int, ...]) -> int:
+def classes_of(model: Model, shape: tuple[int, ...]) -> int:
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     logits = jax.eval_shape(model.logits, model.variables, jax.eval_shape(jax.random.key, 0), image)
     if getattr(logits, "ndim", None) != 1:

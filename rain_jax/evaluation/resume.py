@@ -87,7 +87,8 @@ def sample_of(source: Source) -> list[Any]:
 
 # Parts of the library that no result of an evaluation depends on.
 _UNRELATED = (
-    "checkpoints", "logs.py", "methods", "optimisers.py", "schedules.py", "training.py",
+    "audit", "checkpoints", "config", "logs.py", "methods", "optimisers.py", "runs",
+    "schedules.py", "training.py",
     "evaluation/audit.py", "evaluation/probe.py", "evaluation/record.py", "evaluation/result.py",
 )  # fmt: skip
 

@@ -45,8 +45,10 @@ def load(folder: str | os.PathLike[str], checkpoint: Literal["best", "latest"] =
     """
     place = Path(folder)
     experiment = build.experiment(workdir.read_config(place))
-    asked = dataclasses.replace(experiment.evaluation, checkpoint=checkpoint)
-    experiment = experiment._replace(evaluation=asked)
+    experiment = experiment._replace(
+        evaluation=dataclasses.replace(experiment.evaluation, checkpoint=checkpoint),
+        parallel=dataclasses.replace(experiment.parallel, devices=1),  # as there are everywhere
+    )
     variables = jax.tree.map(np.asarray, restore(experiment, place)[0])
     # On no mesh, so that whoever closes over them may map over one.
     return Trained(experiment.network, jax.tree.map(jnp.asarray, variables))
